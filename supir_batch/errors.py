@@ -1,0 +1,41 @@
+"""Errors of the pipeline.
+
+SupirBatchError
+├── ManifestError      the manifest or what it lists is unusable; stops before any work (exit 2)
+├── StoreError         a URI cannot be listed, read or written
+│   └── TransientStoreError   ... and trying again can help
+└── ImageError         one image cannot be read, restored or written; becomes a failed outcome
+"""
+
+from __future__ import annotations
+
+
+class SupirBatchError(Exception):
+    """Base of every error raised on purpose; the message says what, which item, what was seen, what to do."""
+
+    retryable = False
+
+
+class ManifestError(SupirBatchError):
+    """The manifest, or what it lists, is unusable; nothing has been done."""
+
+
+class StoreError(SupirBatchError):
+    """A URI cannot be listed, read or written."""
+
+
+class TransientStoreError(StoreError):
+    """A URI could not be reached this time; trying again can help."""
+
+    retryable = True
+
+
+class ImageError(SupirBatchError):
+    """One image cannot be read, restored or written; it becomes a failed outcome and the run goes on.
+
+    ``kind`` is a short stable word for the log (``truncated``, ``empty``, ``not-an-image``, ...).
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind

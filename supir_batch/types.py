@@ -1,0 +1,187 @@
+"""The values that flow through the pipeline. All frozen; pixels travel beside them as numpy arrays.
+
+Words are those of docs/architecture.md: source, fingerprint, tile, window, engine, outcome, commit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatImage = NDArray[np.float32]  # [H, W, C], values in [0, 1]
+
+OutputFormat = Literal["tiff", "png", "jpeg"]
+Status = Literal["done", "failed"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image to restore, as the manifest names it.
+
+    ``origin`` says where it was named (``list.csv:12`` or the input pattern), for messages.
+    ``relative`` is its path below the input root, with extension; the output mirrors it.
+    ``version`` changes whenever the bytes behind ``uri`` may have changed (size and mtime, or an ETag).
+    """
+
+    id: str
+    uri: str
+    origin: str
+    relative: str
+    version: str
+    size: int  # bytes
+    sha256: str | None = None  # as given by the manifest, to be checked
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    upscale: float | None = None
+    seed: int | None = None
+    material: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything besides the source's bytes that decides the output: resolved, with no default left open.
+
+    Hashed canonically (``settings.settings_hash``) into the fingerprint, and written to log, sidecar and metadata.
+    """
+
+    engine: str  # "supir" | "lanczos"
+    engine_name: str  # display name, e.g. "SUPIR v0Q"
+    model_sha256: str  # "" for engines without weights
+    weights: str
+    preset: str
+    steps: int
+    cfg_start: float
+    cfg_end: float
+    control_scale: float
+    restoration_tau: float | None
+    churn: float
+    noise: float
+    color_fix: str
+    upscale: float
+    min_size: int
+    window: int  # latent positions
+    stride: int
+    max_pixels: int  # a larger working image is cut into tiles
+    overlap: int  # pixels shared by neighboring tiles
+    caption_mode: str
+    prompt: str | None  # None: to be captioned
+    prompt_source: str  # "manifest" | "sidecar" | "fixed" | "none" | "attributes"
+    positive_prompt: str  # appended to the caption
+    negative_prompt: str
+    material: str
+    run_seed: int
+    seed: int | None  # None: from the source's hash
+    format: OutputFormat | Literal["source"]
+    bit_depth: Literal[8, 16] | None  # None: as the source
+    notice: str
+    operator: str | None
+    organization: str | None
+    accepted_license: str | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image and all that was decided about it before its pixels were read.
+
+    ``output_stem`` is the output URI without its extension: the format may follow the source's.
+    """
+
+    source: Source
+    settings: Settings
+    settings_sha256: str
+    output_stem: str
+    scratch_uri: str  # where parts of a cut image wait for assembly
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the decoder learned about a source (header, hash, color), and what the writer needs to answer in kind."""
+
+    sha256: str
+    format: str  # loader's name: "tiff", "png", "jpeg", ...
+    width: int  # after orientation
+    height: int
+    bands: int  # color bands, 1 or 3
+    bit_depth: Literal[8, 16]
+    has_alpha: bool
+    orientation: int  # EXIF value that was applied
+    icc: bytes | None = field(repr=False)
+    dpi: tuple[float, float] | None
+    output_width: int  # == round(width * upscale)
+    output_height: int
+    work_width: int  # size the engine works at; differs from output only through min_size
+    work_height: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TileBox:
+    """A tile's place in the working image, in pixels; ``index`` of ``count`` in row-major order."""
+
+    index: int
+    count: int
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an image has no output: ``kind`` is a short stable word, ``message`` the full sentence for people."""
+
+    stage: str
+    kind: str
+    message: str
+    retryable: bool = False
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a stage measured while it worked on one tile."""
+
+    stage: str
+    seconds: float
+    peak_memory_bytes: int
+    device: str
+
+
+@dataclass(frozen=True)
+class TileTicket:
+    """Everything about a tile but its pixels; travels from decode to write beside the arrays.
+
+    ``fingerprint`` is hash(source hash, settings hash): the identity of the work on the whole image.
+    ``recovered``: the output with this fingerprint was already committed; later stages pass it on.
+    """
+
+    job: Job
+    facts: ImageFacts | None = None
+    box: TileBox | None = None
+    fingerprint: str = ""
+    seed: int = 0
+    caption: str = ""
+    prompt: str = ""  # the full positive prompt the engine used
+    failure: Failure | None = None
+    recovered: bool = False
+    records: tuple[StageRecord, ...] = ()
+    source_metadata: bytes = field(default=b"", repr=False)  # metadata.SourceMetadata, serialized
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the engine still has something to do for this tile."""
+        return self.failure is None and not self.recovered
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of the run log: one image, its settings, and how it ended."""
+
+    ticket: TileTicket
+    status: Status
+    output_uri: str = ""
+    output_sha256: str = ""
+    output_bytes: int = 0
+    finished_at: str = ""  # UTC, ISO 8601

@@ -1,0 +1,1 @@
+"""SUPIR: generative photograph restoration (networks, sampler, weights). Import what you need from its modules."""

@@ -1,0 +1,180 @@
+"""Sizes and defaults of every model this package can build. Nothing here imports torch.
+
+Specification sections refer to docs/parity.md's source, the SUPIR v0 specification.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Prediction = Literal["epsilon", "v"]
+ColorFix = Literal["wavelet", "adain", "none"]
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """KL autoencoder with a second, degradation-robust encoder (specification section 8)."""
+
+    channels: tuple[int, ...]  # width per level, finest first
+    encoder_resblocks: int  # per level; the decoder has one more
+    latent_channels: int
+    norm_groups: int
+    mid_attention: bool
+    scale: float  # latent = scale * z
+    pixel_shortcut: bool = False  # linear pixel-unshuffle path beside encoder and decoder (tiny only)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent position along one axis."""
+        return int(2 ** (len(self.channels) - 1))
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """SDXL-style UNet (specification section 2)."""
+
+    latent_channels: int
+    channels: tuple[int, ...]  # width per level, finest first
+    resblocks: int  # per level; the decoder has one more
+    transformer_depth: tuple[int, ...]  # transformer blocks per level; 0 = no attention on that level
+    head_dim: int
+    context_dim: int
+    vector_dim: int  # pooled text + size embeddings
+    norm_groups: int = 32
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """Control encoder (section 3) and the connectors that bring its features into the UNet (section 4)."""
+
+    transformer_depth: tuple[int, ...]
+    hidden: int = 128  # width inside ZeroSFT
+    norm_groups: int = 32
+    attention_head_dim: int = 64  # heads of ZeroCrossAttn
+    attention_levels: tuple[int, ...] = (2, 1)  # UNet levels whose upsampler is preceded by a ZeroCrossAttn
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Text conditioning.
+
+    ``hashed``: one small CLIP text tower over hashed words, no vocabulary file (tiny).
+    ``sdxl``: CLIP-L and OpenCLIP bigG with SDXL's size embeddings (section 9).
+    """
+
+    kind: Literal["hashed", "sdxl"]
+    length: int
+    width: int
+    layers: int
+    heads: int
+    vocabulary: int
+    size_embedding: int  # width of each of the six size embeddings; 0 = none
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What a preset means for one model (specification section 12).
+
+    ``cfg_start`` is the guidance scale at the largest sigma, ``cfg_end`` at sigma 0; linear in sigma between.
+    ``restoration_tau`` is the exponent of restoration guidance (0 < tau; larger is weaker), None = off.
+    """
+
+    steps: int
+    cfg_start: float
+    cfg_end: float
+    control_scale: float
+    restoration_tau: float | None
+    churn: float
+    noise: float
+    color_fix: ColorFix
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model: network sizes, denoiser scaling, latent window, defaults, and who may use it."""
+
+    name: str
+    display_name: str
+    vae: VAEConfig
+    unet: UNetConfig
+    control: ControlConfig
+    text: TextConfig
+    prediction: Prediction
+    window: int  # latent positions along one side of a window
+    stride: int
+    min_size: int  # pixels; shorter sides are enlarged to this before restoration, 0 = never
+    presets: dict[str, SamplingDefaults] = field(hash=False)
+    positive_prompt: str
+    negative_prompt: str
+    license: str
+
+    @property
+    def alignment(self) -> int:
+        """Image sides must be multiples of this many pixels inside the networks; the model pads and crops."""
+        return int(self.vae.factor * 2 ** (len(self.unet.channels) - 1))
+
+
+_SDXL_VAE = VAEConfig((128, 256, 512, 512), 2, 4, 32, mid_attention=True, scale=0.13025)
+_SDXL_UNET = UNetConfig(4, (320, 640, 1280), 2, (0, 2, 10), 64, context_dim=2048, vector_dim=2816)
+_SDXL_TEXT = TextConfig("sdxl", 77, 1280, 32, 20, 49408, size_embedding=256)
+_V0_FIDELITY = SamplingDefaults(50, 1.0, 4.0, 1.0, None, 5.0, 1.003, "wavelet")
+_V0_QUALITY = SamplingDefaults(50, 4.0, 7.5, 1.0, None, 5.0, 1.003, "wavelet")
+_V0_POSITIVE = (
+    "Cinematic, High Contrast, highly detailed, taken using a Canon EOS R camera, hyper detailed photo - realistic "
+    "maximum detail, 32k, Color Grading, ultra HD, extreme meticulous detailing, skin pore detailing, hyper sharpness, "
+    "perfect without deformations."
+)
+_V0_NEGATIVE = (
+    "painting, oil painting, illustration, drawing, art, sketch, oil painting, cartoon, CG Style, 3D render, unreal "
+    "engine, blurring, dirty, messy, worst quality, low quality, frames, watermark, signature, jpeg artifacts, "
+    "deformed, lowres, over-smooth"
+)
+
+
+def _v0(name: str) -> ModelConfig:
+    return ModelConfig(
+        name=name,
+        display_name=f"SUPIR {name}",
+        vae=_SDXL_VAE,
+        unet=_SDXL_UNET,
+        control=ControlConfig((0, 2, 10)),
+        text=_SDXL_TEXT,
+        prediction="epsilon",
+        window=128,
+        stride=64,
+        min_size=1024,
+        presets={"fidelity": _V0_FIDELITY, "quality": _V0_QUALITY},
+        positive_prompt=_V0_POSITIVE,
+        negative_prompt=_V0_NEGATIVE,
+        license="supir-noncommercial",
+    )
+
+
+V0Q = _v0("v0Q")
+V0F = _v0("v0F")
+
+TINY = ModelConfig(
+    name="tiny",
+    display_name="supir-tiny",
+    vae=VAEConfig((24, 48, 96), 1, 8, 8, mid_attention=False, scale=1.0, pixel_shortcut=True),
+    unet=UNetConfig(8, (48, 96, 144), 1, (0, 0, 1), 48, context_dim=128, vector_dim=128, norm_groups=8),
+    control=ControlConfig((0, 0, 1), hidden=32, norm_groups=8, attention_head_dim=48, attention_levels=(2,)),
+    text=TextConfig("hashed", 48, 128, 2, 4, 4096, size_embedding=0),
+    prediction="v",
+    window=128,
+    stride=96,
+    min_size=0,
+    presets={
+        "fidelity": SamplingDefaults(10, 1.0, 1.5, 1.0, 0.5, 0.0, 1.0, "wavelet"),
+        "quality": SamplingDefaults(10, 1.0, 2.5, 1.0, 4.0, 0.0, 1.0, "wavelet"),
+    },
+    positive_prompt=", sharp, clean, high quality",
+    negative_prompt="blurry, noisy, jpeg artifacts, scratched, faded, low quality",
+    license="Apache-2.0; trained on photographs listed in docs/supir-tiny/",
+)
+
+MODELS: dict[str, ModelConfig] = {config.name: config for config in (TINY, V0Q, V0F)}
+
+TINY_WEIGHTS = Path(__file__).parent / "weights" / "supir-tiny.safetensors"
