@@ -1,0 +1,66 @@
+"""Noise levels, network preconditioning and guidance (specification sections 5 and 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from supir_model.config import Prediction
+
+SIGMA_MAX = 14.6146  # rounded literal of the release, not sigma_table()[999]: guidance schedules depend on it
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""F(x * c_in [B, C, h, w], timestep [B] int64, control_scale [B, 1, 1, 1]) -> [B, C, h, w]"""
+
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""D(x [B, C, h, w], sigma [B], control_scale [B]) -> [B, C, h, w], all float32"""
+
+
+@cache
+def sigma_table() -> Tensor:
+    """SDXL's 1000 noise levels, ascending, [1000] float32: 0.0291672 ... 14.6146412 (section 5)."""
+    beta = np.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=np.float64) ** 2
+    alpha_bar = np.cumprod(1.0 - beta)
+    return torch.from_numpy(((1 - alpha_bar) / alpha_bar).astype(np.float32)).sqrt()
+
+
+def legacy_sigmas(steps: int) -> Tensor:
+    """The n-step schedule of the release, descending, with a final 0: [steps + 1] float32 (section 5)."""
+    timesteps = np.linspace(999, 0, steps, endpoint=False).astype(np.int64)  # numpy's rounding decides some n
+    return torch.cat([sigma_table()[torch.from_numpy(timesteps)], torch.zeros(1)])
+
+
+def nearest_timestep(sigma: Tensor) -> Tensor:
+    """Index of the table's nearest noise level, [B] int64, for sigma [B]."""
+    table = sigma_table().to(sigma.device)
+    return (sigma[:, None] - table).abs().argmin(dim=1)
+
+
+def denoise(network: Network, prediction: Prediction, x: Tensor, sigma: Tensor, control_scale: Tensor) -> Tensor:
+    """Estimate of the clean latent behind ``x`` (section 5); sigma selects a table entry, x is not renormalized to it.
+
+    x: [B, C, h, w] float32; sigma, control_scale: [B] float32. ``epsilon``: D = x - q F. ``v``: the variance-preserving
+    velocity (Salimans & Ho 2022, appendix D) in the same variance-exploding coordinates.
+    """
+    timestep = nearest_timestep(sigma)
+    q = sigma_table().to(x.device)[timestep][:, None, None, None]
+    c_in = (q**2 + 1).rsqrt()
+    out = network(x * c_in, timestep, control_scale[:, None, None, None]).float()
+    if prediction == "v":
+        return x * c_in**2 - q * c_in * out
+    return x - q * out
+
+
+def linear_cfg(cfg_start: float, cfg_end: float, sigma: Tensor) -> Tensor:
+    """Guidance scale at sigma [B]: ``cfg_end`` at 0, ``cfg_start`` at ``SIGMA_MAX`` (section 6)."""
+    return (cfg_start - cfg_end) * sigma / SIGMA_MAX + cfg_end
+
+
+def guide(denoised: Tensor, scale: Tensor) -> Tensor:
+    """Classifier-free guidance; denoised: [2B, C, h, w] as [unconditional; conditional], scale: [B]."""
+    uncond, cond = denoised.chunk(2)
+    return uncond + scale[:, None, None, None] * (cond - uncond)

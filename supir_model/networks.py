@@ -1,0 +1,54 @@
+"""The four trained networks of one SUPIR model, as one module with one state dict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from supir_model.config import ModelConfig
+from supir_model.control import ControlEncoder
+from supir_model.text import HashedTextEncoder
+from supir_model.unet import ControlledUNet
+from supir_model.vae import RobustVAE
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoising networks are told besides the noisy latent.
+
+    context: [B, L, C]; vector: [B, V]; control_latent: [B, C, h, w] from the robust encoder.
+    """
+
+    context: Tensor
+    vector: Tensor
+    control_latent: Tensor
+
+
+class Networks(nn.Module):
+    """VAE with robust encoder, text encoder, control encoder, UNet with connectors."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vae = RobustVAE(config.vae)
+        self.text = HashedTextEncoder(config.text)
+        self.control = ControlEncoder(config.unet, config.control)
+        self.unet = ControlledUNet(config.unet, config.control)
+
+    def forward(self, x: Tensor, timestep: Tensor, control_scale: Tensor, conditioning: Conditioning) -> Tensor:
+        """Network output F [B, C, h, w] for a scaled noisy latent x [B, C, h, w] (specification sections 3 to 5)."""
+        features = self.control(
+            x, timestep, conditioning.context, conditioning.vector, conditioning.control_latent
+        )
+        out: Tensor = self.unet(
+            x, timestep, conditioning.context, conditioning.vector, features, control_scale
+        )
+        return out
+
+
+def build_on_meta(config: ModelConfig) -> Networks:
+    """The networks without memory behind them, for ``load_state_dict(assign=True)``."""
+    with torch.device("meta"):
+        return Networks(config)

@@ -1,0 +1,1 @@
+"""Training of supir-tiny, and of adaptors for larger priors."""
