@@ -51,4 +51,8 @@ class Networks(nn.Module):
 def build_on_meta(config: ModelConfig) -> Networks:
     """The networks without memory behind them, for ``load_state_dict(assign=True)``."""
     with torch.device("meta"):
-        return Networks(config)
+        networks = Networks(config)
+    # token positions are no part of a state dict, so nothing would ever fill them
+    embeddings = networks.text.tower.embeddings
+    embeddings.position_ids = torch.arange(config.text.length)[None]
+    return networks

@@ -1,0 +1,151 @@
+"""The one door: load a SUPIR model once, restore images with it (specification section 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from supir_model import weights
+from supir_model.color import fix_color
+from supir_model.config import ColorFix, ModelConfig
+from supir_model.denoiser import denoise, guide, linear_cfg
+from supir_model.errors import RequestError
+from supir_model.networks import Conditioning, Networks, build_on_meta
+from supir_model.noise import latent_noise
+from supir_model.sampler import EDMSettings, Window, sample_edm
+
+_POSTERIOR_DRAW = 0  # noise draws before the sampler's own
+_FIRST_SAMPLER_DRAW = 1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to restore; defaults per model and preset are in ``config.ModelConfig.presets``.
+
+    cfg_start: guidance scale at the largest sigma, cfg_end at 0, linear between.
+    """
+
+    edm: EDMSettings
+    cfg_start: float
+    cfg_end: float
+    color_fix: ColorFix
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image or tile to restore.
+
+    image: [3, H, W] float32 RGB in [-1, 1], any size. prompt: complete, with its suffix. seed: [0, 2^63).
+    top, left: where the tile's first pixel lies in the whole image; multiples of the VAE's factor.
+    """
+
+    image: Tensor
+    prompt: str
+    negative_prompt: str
+    seed: int
+    top: int = 0
+    left: int = 0
+
+
+class SupirModel:
+    """Networks, their configuration and the device they live on."""
+
+    def __init__(self, networks: Networks, config: ModelConfig, device: torch.device) -> None:
+        self.networks = networks.eval().requires_grad_(False)
+        self.config = config
+        self.device = device
+
+    @classmethod
+    def load(cls, name: str = "tiny", device: str | None = None) -> SupirModel:
+        """Load shipped weights by name. device: torch device, default CUDA where there is one. Raises WeightsError."""
+        config, path = weights.find(name)
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        networks = build_on_meta(config)
+        weights.load_into(networks, path, torch.float32, target)
+        return cls(networks.to(memory_format=torch.channels_last), config, target)
+
+    @torch.inference_mode()
+    def first_stage(self, image: Tensor) -> Tensor:
+        """What the robust encoder sees behind a degraded image: [3, H, W] to [3, H, W], both in [-1, 1]."""
+        padded = self._pad(image)
+        vae = self.networks.vae
+        decoded = vae.decode(vae.encode_robust(padded))
+        return decoded[0, :, : image.shape[1], : image.shape[2]].clamp(-1, 1)
+
+    @torch.inference_mode()
+    def restore(self, requests: Sequence[Request], sampling: Sampling) -> list[Tensor]:
+        """Restore images: [3, H, W] in [-1, 1] each, same sizes and order as the requests, on the CPU.
+
+        Each result depends on its own request alone, whatever the company.
+        """
+        if not requests:
+            return []
+        vae, factor = self.networks.vae, self.config.vae.factor
+        stage1, control, center, prompts = [], [], [], []
+        for request in requests:
+            if request.top % factor or request.left % factor:
+                raise RequestError(f"tile origin ({request.top}, {request.left}) is not a multiple of {factor} pixels")
+            padded = self._pad(request.image)
+            z_lq = vae.encode_robust(padded)
+            decoded = vae.decode(z_lq)
+            posterior = self._noise(request, _POSTERIOR_DRAW, z_lq.shape[-2:])
+            stage1.append(decoded)
+            control.append(z_lq[0])
+            center.append(vae.encode(decoded, posterior[None])[0])
+            prompts.append(self.networks.text([request.negative_prompt, request.prompt]))
+
+        def guided(x: Tensor, sigma: Tensor, control_scale: Tensor, windows: Sequence[Window]) -> Tensor:
+            contexts, vectors = zip(*(prompts[w.item] for w in windows), strict=True)
+            crops = torch.stack([w.crop(control[w.item]) for w in windows])
+            conditioning = Conditioning(
+                torch.stack(contexts, dim=1).flatten(0, 1), torch.stack(vectors, dim=1).flatten(0, 1), crops.repeat(2, 1, 1, 1)
+            )
+
+            def network(x_in: Tensor, timestep: Tensor, scale: Tensor) -> Tensor:
+                out: Tensor = self.networks(
+                    x_in.contiguous(memory_format=torch.channels_last), timestep, scale, conditioning
+                )
+                return out
+
+            both = denoise(
+                network, self.config.prediction, x.repeat(2, 1, 1, 1), sigma.repeat(2), control_scale.repeat(2)
+            )
+            return guide(both, linear_cfg(sampling.cfg_start, sampling.cfg_end, sigma))
+
+        def noise(item: int, draw: int) -> Tensor:
+            return self._noise(requests[item], _FIRST_SAMPLER_DRAW + draw, center[item].shape[-2:])
+
+        latents = sample_edm(guided, center, noise, sampling.edm)
+        restored = []
+        for request, latent, style in zip(requests, latents, stage1, strict=True):
+            image = fix_color(vae.decode(latent[None]), style, sampling.color_fix)
+            restored.append(image[0, :, : request.image.shape[1], : request.image.shape[2]].clamp(-1, 1).cpu())
+        return restored
+
+    def _noise(self, request: Request, draw: int, size: torch.Size) -> Tensor:
+        factor = self.config.vae.factor
+        noise = latent_noise(
+            request.seed,
+            draw,
+            self.config.vae.latent_channels,
+            request.top // factor,
+            request.left // factor,
+            size[0],
+            size[1],
+        )
+        return noise.to(self.device)
+
+    def _pad(self, image: Tensor) -> Tensor:
+        """[1, 3, H', W'] on the device, sides padded right and bottom to multiples of the networks' alignment."""
+        if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) == 0:
+            raise RequestError(f"image must be [3, H, W] with H, W >= 1, got {list(image.shape)}")
+        height, width = image.shape[1:]
+        alignment = self.config.alignment
+        bottom, right = -height % alignment, -width % alignment
+        batch = image[None].to(self.device, torch.float32)
+        padded = F.pad(batch, (0, right, 0, bottom), mode="replicate")
+        return padded.contiguous(memory_format=torch.channels_last)
