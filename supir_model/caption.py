@@ -9,30 +9,30 @@ from torch.nn import functional as F
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
-def describe(images: Tensor) -> list[str]:
-    """One line per image [B, 3, H, W] in [-1, 1]: medium and tone, brightness, contrast, detail.
+def describe(images: Tensor, material: str = "photograph") -> list[str]:
+    """One line per image [B, 3, H, W] in [-1, 1]: tone and material, brightness, contrast, detail.
 
     SUPIR prompts with what the robust encoder sees, so pass its decoded image, not the raw input.
     """
-    return [_describe(image) for image in images.detach().float().clamp(-1, 1)]
+    return [_describe(image, material) for image in images.detach().float().clamp(-1, 1)]
 
 
-def _describe(image: Tensor) -> str:
+def _describe(image: Tensor, material: str) -> str:
     rgb = (image + 1) / 2
     luma = torch.einsum("chw,c->hw", rgb, torch.tensor(_LUMA, device=rgb.device))
     warmth = float((rgb[0] - rgb[2]).mean())
     chroma = float((rgb - luma).abs().mean())
     chroma_spread = float((rgb - luma - (rgb - luma).mean(dim=(1, 2), keepdim=True)).abs().mean())
     if chroma < 0.015:
-        tone = "a black and white photograph"
+        tone = f"a black and white {material}"
     elif chroma_spread < 0.012 and warmth > 0.03:
-        tone = "a sepia toned photograph"
+        tone = f"a sepia toned {material}"
     elif warmth > 0.06:
-        tone = "a color photograph in warm tones"
+        tone = f"a color {material} in warm tones"
     elif warmth < -0.04:
-        tone = "a color photograph in cool tones"
+        tone = f"a color {material} in cool tones"
     else:
-        tone = "a color photograph"
+        tone = f"a color {material}"
     mean, spread = float(luma.mean()), float(luma.std())
     brightness = "dark" if mean < 0.33 else "bright" if mean > 0.62 else "evenly lit"
     contrast = "low contrast" if spread < 0.13 else "high contrast" if spread > 0.27 else "medium contrast"

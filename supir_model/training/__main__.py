@@ -7,6 +7,7 @@ stage before it (vae starts from scratch) and replaces it when done; a stage tha
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from supir_model.config import TINY
+from supir_model.model import SupirModel
 from supir_model.networks import Networks
 from supir_model.training.datasets import PhotographCrops, load_images
 from supir_model.training.degradations import Degradation
+from supir_model.training.evaluate import DEGRADATIONS, evaluate, sampling_of
 from supir_model.training.loop import LoopConfig, train
 from supir_model.training.stages import (
     AutoencoderStage,
@@ -32,7 +35,12 @@ STAGES = ("vae", "robust-encoder", "prior", "control", "joint")
 def main() -> None:
     """Parse the command line, train one stage, save."""
     parser = argparse.ArgumentParser(prog="python -m supir_model.training", description=__doc__)
-    parser.add_argument("stage", choices=[*STAGES, "export"], help="export: write FOLDER/supir-tiny.safetensors, fp16")
+    parser.add_argument(
+        "stage",
+        choices=[*STAGES, "evaluate", "export"],
+        help="a stage to train; evaluate: measure FOLDER/model.safetensors on --data; "
+        "export: write FOLDER/supir-tiny.safetensors in half precision",
+    )
     parser.add_argument("--run", type=Path, required=True, help="folder for checkpoints and metrics")
     parser.add_argument("--data", type=Path, help="folder of photographs")
     parser.add_argument("--steps", type=int, default=1000)
@@ -42,6 +50,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--half-precision", action="store_true", help="bf16 inside the networks")
+    parser.add_argument("--limit", type=int, help="evaluate: how many photographs")
+    parser.add_argument("--preset", default="fidelity", help="evaluate: preset of the model")
+    parser.add_argument("--pictures", type=Path, help="evaluate: folder for comparison strips")
     arguments = parser.parse_args()
 
     torch.manual_seed(arguments.seed)
@@ -54,7 +65,14 @@ def main() -> None:
         save_file(state, arguments.run / "supir-tiny.safetensors")
         return
     if arguments.data is None:
-        parser.error("--data is required to train")
+        parser.error("--data is required")
+    if arguments.stage == "evaluate":
+        model = SupirModel(networks.to(arguments.device), TINY, torch.device(arguments.device))
+        sampling = sampling_of(model, TINY.presets[arguments.preset])
+        images = load_images(arguments.data)[: arguments.limit]
+        for degradation in DEGRADATIONS:
+            print(json.dumps({degradation: evaluate(model, images, degradation, sampling, arguments.pictures)}))
+        return
 
     networks.to(arguments.device, memory_format=torch.channels_last)
     crops = PhotographCrops(load_images(arguments.data), arguments.device)

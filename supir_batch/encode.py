@@ -1,0 +1,149 @@
+"""Pixels to the bytes of an image file, and the check that they can be read back.
+
+Metadata (EXIF, IPTC, XMP) is put in afterwards by metadata.py; here go pixels, ICC profile and physical resolution.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyvips
+import tifffile
+from numpy.typing import NDArray
+
+from supir_batch import probe
+from supir_batch.errors import ImageError
+from supir_batch.types import FloatImage, OutputFormat, Settings
+
+EXTENSIONS: dict[OutputFormat, str] = {"tiff": ".tif", "png": ".png", "jpeg": ".jpg"}
+
+BIGTIFF_BYTES = 2_000_000_000
+"""Raw size from which a TIFF is written as BigTIFF; compressed it may be smaller, but nobody knows before."""
+
+_JPEG_LIMIT = 65535  # pixels per side
+_KEEP_XMP, _KEEP_ICC = 2, 8  # libvips' VipsForeignKeep flags
+_UNCLAIMED_DPI = 72.0  # written, then unmarked again, where the source claims no resolution
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """What the file must be besides its pixels.
+
+    ``dpi`` is (x, y) pixels per inch; None writes a file that claims no physical size. ``xmp`` is used by BigTIFF
+    only, whose metadata nothing can add later.
+    """
+
+    format: OutputFormat
+    bit_depth: Literal[8, 16]
+    icc: bytes | None = None
+    dpi: tuple[float, float] | None = None
+    bigtiff: bool = False
+    xmp: bytes = b""
+
+
+def output_format(source_format: str, settings: Settings) -> OutputFormat:
+    """Format of the output: as set, or the source's where that is one we write, else PNG (lossless)."""
+    if settings.format != "source":
+        return settings.format
+    formats: dict[str, OutputFormat] = {"tiff": "tiff", "png": "png", "jpeg": "jpeg"}
+    return formats.get(source_format, "png")
+
+
+def output_depth(source_depth: Literal[8, 16], file_format: OutputFormat, settings: Settings) -> Literal[8, 16]:
+    """Bits per sample of the output: as set or as the source's; a JPEG always has 8."""
+    return 8 if file_format == "jpeg" else settings.bit_depth or source_depth
+
+
+def needs_bigtiff(width: int, height: int, bands: int, bit_depth: int) -> bool:
+    """Whether a TIFF of this size must be a BigTIFF to be safe."""
+    return width * height * bands * bit_depth // 8 >= BIGTIFF_BYTES
+
+
+def quantize(pixels: NDArray[np.float32], bit_depth: Literal[8, 16]) -> NDArray[np.unsignedinteger[Any]]:
+    """Round [0, 1] floats of any shape to the nearest of 2^bit_depth levels; what lies outside is clipped."""
+    top = 2**bit_depth - 1
+    # float64: in float32 a 16-bit level plus 0.5 has no bits left to round correctly
+    levels = np.rint(np.clip(pixels.astype(np.float64), 0.0, 1.0) * top)
+    return levels.astype(np.uint8 if bit_depth == 8 else np.uint16)
+
+
+def encode(pixels: FloatImage, alpha: NDArray[np.float32], path: Path, spec: FileSpec) -> None:
+    """Write [h, w, 1 or 3] in [0, 1], with alpha [h, w] or none (size 0), to ``path``: the same bytes every time.
+
+    TIFF: deflate with horizontal predictor. PNG: lossless. JPEG: quality 95, color not subsampled, alpha left out.
+    Raises ImageError ``unsupported`` or ``encode-failed``.
+    """
+    height, width, bands = pixels.shape
+    levels = quantize(pixels, spec.bit_depth)
+    if alpha.size and spec.format != "jpeg":
+        levels = np.concatenate([levels, quantize(alpha, spec.bit_depth)[..., None]], axis=2)
+    if spec.format == "jpeg" and max(width, height) > _JPEG_LIMIT:
+        raise ImageError("unsupported", f"a JPEG cannot be {width} x {height} pixels; set output.format to tiff or png")
+    deep = spec.bit_depth == 16
+    interpretation = ("grey16" if deep else "b-w") if bands == 1 else ("rgb16" if deep else "srgb")
+    dpi = spec.dpi or (_UNCLAIMED_DPI, _UNCLAIMED_DPI)
+    image = pyvips.Image.new_from_array(np.ascontiguousarray(levels)).copy(
+        interpretation=interpretation, xres=dpi[0] / 25.4, yres=dpi[1] / 25.4
+    )
+    if spec.icc is not None:
+        image.set_type(pyvips.GValue.blob_type, "icc-profile-data", spec.icc)
+    if spec.bigtiff and spec.xmp:
+        image.set_type(pyvips.GValue.blob_type, "xmp-data", spec.xmp)
+    try:
+        if spec.format == "tiff":
+            image.tiffsave(
+                str(path),
+                compression="deflate",
+                predictor="horizontal",
+                resunit="inch",
+                bigtiff=spec.bigtiff,
+                keep=_KEEP_ICC | _KEEP_XMP if spec.bigtiff else _KEEP_ICC,
+            )
+        elif spec.format == "png":
+            image.pngsave(str(path), compression=6, keep=_KEEP_ICC)
+        else:
+            image.jpegsave(str(path), Q=95, subsample_mode="off", optimize_coding=True, keep=_KEEP_ICC)
+    except pyvips.Error as error:
+        raise ImageError("encode-failed", f"the {spec.format} cannot be written: {error}") from error
+    if spec.dpi is None:
+        _unclaim_resolution(path, spec.format)
+
+
+def check_file(path: Path, width: int, height: int, spec: FileSpec, bands: int, has_alpha: bool) -> None:
+    """Read ``path`` back completely and compare it with what was meant; ImageError ``bad-output`` if it differs.
+
+    ``bands`` counts color bands. Nothing else tells a full disk or a broken codec from a good file.
+    """
+    try:
+        image = probe.open_vips(path, spec.format)
+        image.avg()  # decodes every pixel, in constant memory
+        icc = image.get("icc-profile-data") if "icc-profile-data" in image.get_fields() else None
+    except pyvips.Error as error:
+        raise ImageError("bad-output", f"the written file cannot be read back: {error}") from error
+    seen = (image.width, image.height, image.bands, image.format)
+    alpha = 1 if has_alpha and spec.format != "jpeg" else 0
+    meant = (width, height, bands + alpha, "uchar" if spec.bit_depth == 8 else "ushort")
+    if seen != meant:
+        raise ImageError("bad-output", f"the written file has (width, height, bands, type) {seen} instead of {meant}")
+    if icc != spec.icc:
+        raise ImageError("bad-output", "the written file does not hold the source's ICC profile byte for byte")
+
+
+def _unclaim_resolution(path: Path, file_format: OutputFormat) -> None:
+    """Remove the physical resolution that libvips always writes; inventing one would change what prints measure."""
+    if file_format == "tiff":
+        with tifffile.TiffFile(path, mode="r+") as tif:
+            tif.pages.first.tags["ResolutionUnit"].overwrite(1)  # 1: no absolute unit
+        return
+    data = path.read_bytes()
+    if file_format == "jpeg":
+        at = data.index(b"JFIF\x00") + 7  # identifier and version, then unit, x and y density
+        path.write_bytes(data[:at] + b"\x00\x00\x01\x00\x01" + data[at + 5 :])
+        return
+    at = data.index(b"pHYs") - 4
+    (length,) = struct.unpack_from(">I", data, at)
+    path.write_bytes(data[:at] + data[at + 12 + length :])

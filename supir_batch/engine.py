@@ -1,0 +1,174 @@
+"""Engines: what restores a tile. Loaded once per actor; torch is imported only when one is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+from supir_batch.errors import ImageError
+from supir_batch.types import FloatImage, Settings, StageRecord, TileTicket
+from supir_model.config import MODELS
+
+if TYPE_CHECKING:
+    from supir_model.model import Request, Sampling, SupirModel
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Engine(Protocol):
+    """Restores tiles. Results depend on each tile and its settings alone, never on the other tiles of a call."""
+
+    device: str  # for the log
+
+    def caption(self, ticket: TileTicket, preview: FloatImage) -> str:
+        """A caption for the image behind the ticket; preview: the whole image, reduced, [h, w, 3] in [0, 1]."""
+        ...
+
+    def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
+        """Restored tiles [h, w, 3] in [0, 1], same sizes and order."""
+        ...
+
+
+class LanczosEngine:
+    """The non-generative baseline: the decoder has already resampled the image, so nothing is left to do."""
+
+    device = "cpu"
+
+    def caption(self, ticket: TileTicket, preview: FloatImage) -> str:
+        """No caption: nothing reads it."""
+        return ""
+
+    def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
+        """The tiles themselves."""
+        return list(tiles)
+
+
+class SupirEngine:
+    """SUPIR: the model is loaded in the constructor and reused for every tile."""
+
+    def __init__(self, weights: str, device: Device) -> None:
+        import torch  # noqa: PLC0415
+
+        from supir_model.model import SupirModel  # noqa: PLC0415
+
+        # one fixed number: sums over another number of threads round differently, and outputs would differ in bytes
+        torch.set_num_threads(os.cpu_count() or 1)
+        self._model: SupirModel = SupirModel.load(weights, None if device == "auto" else device)
+        self.device = str(self._model.device)
+
+    def caption(self, ticket: TileTicket, preview: FloatImage) -> str:
+        """What the image statistics of the robust encoder's view say."""
+        from supir_model.caption import describe  # noqa: PLC0415
+
+        material = ticket.job.settings.material or "photograph"
+        return describe(self._model.first_stage(_to_tensor(preview))[None], material)[0]
+
+    def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
+        """Sample each tile with its own seed, prompt and place in the image."""
+        restored: list[FloatImage | None] = [None] * len(tickets)
+        for sampling, members in self._by_sampling(tickets).items():
+            requests = [self._request(tickets[i], tiles[i]) for i in members]
+            for i, tensor in zip(members, self._model.restore(requests, sampling), strict=True):
+                restored[i] = ((tensor + 1) / 2).permute(1, 2, 0).contiguous().numpy()
+        return [tile for tile in restored if tile is not None]
+
+    @staticmethod
+    def _by_sampling(tickets: Sequence[TileTicket]) -> dict[Sampling, list[int]]:
+        groups: dict[Sampling, list[int]] = {}
+        for i, ticket in enumerate(tickets):
+            groups.setdefault(sampling_of(ticket.job.settings), []).append(i)
+        return groups
+
+    @staticmethod
+    def _request(ticket: TileTicket, tile: FloatImage) -> Request:
+        from supir_model.model import Request  # noqa: PLC0415
+
+        if ticket.box is None:
+            raise ImageError("internal", f"{ticket.job.source.uri}: a tile without a place reached the engine")
+        return Request(
+            image=_to_tensor(tile),
+            prompt=ticket.prompt,
+            negative_prompt=ticket.job.settings.negative_prompt,
+            seed=ticket.seed,
+            top=ticket.box.y,
+            left=ticket.box.x,
+        )
+
+
+def load_engine(settings: Settings, device: Device) -> Engine:
+    """The engine that the settings name, ready to work."""
+    return LanczosEngine() if settings.engine == "lanczos" else SupirEngine(settings.weights, device)
+
+
+def alignment(settings: Settings) -> int:
+    """Tile origins must be multiples of this many pixels, so that tiles lie on the model's latent grid."""
+    return 1 if settings.engine == "lanczos" else MODELS[settings.weights].alignment
+
+
+def model_sha256(weights: str) -> str:
+    """Hash of a shipped model's weights file, part of every fingerprint. Raises WeightsError."""
+    from supir_model import weights as files  # noqa: PLC0415
+
+    return files.sha256(files.find(weights)[1])
+
+
+def full_prompt(settings: Settings, caption: str) -> str:
+    """Caption and positive prompt as the model reads them; no separator, as in specification section 9."""
+    return caption + settings.positive_prompt
+
+
+def sampling_of(settings: Settings) -> Sampling:
+    """The model's view of the settings."""
+    from supir_model.model import Sampling  # noqa: PLC0415
+    from supir_model.sampler import EDMSettings  # noqa: PLC0415
+
+    return Sampling(
+        edm=EDMSettings(
+            steps=settings.steps,
+            restoration_tau=settings.restoration_tau,
+            churn=settings.churn,
+            noise=settings.noise,
+            control_scale=settings.control_scale,
+            window=settings.window,
+            stride=settings.stride,
+        ),
+        cfg_start=settings.cfg_start,
+        cfg_end=settings.cfg_end,
+        color_fix=settings.color_fix,
+    )
+
+
+class Stopwatch:
+    """Times one stage on one item and appends what it saw to the item's ticket."""
+
+    def __init__(self, stage: str, device: str) -> None:
+        self._stage, self._device, self._started = stage, device, time.perf_counter()
+
+    def record(self, ticket: TileTicket, share: int = 1) -> TileTicket:
+        """The ticket with this stage's record; ``share`` items split the time since construction."""
+        seconds = (time.perf_counter() - self._started) / share
+        record = StageRecord(self._stage, seconds, peak_memory_bytes(), self._device)
+        return dataclasses.replace(ticket, records=(*ticket.records, record))
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
+
+
+def _to_tensor(image: FloatImage) -> torch.Tensor:
+    import torch  # noqa: PLC0415
+
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) * 2 - 1
+
+
+if TYPE_CHECKING:
+    import torch

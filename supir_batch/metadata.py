@@ -1,0 +1,446 @@
+"""Metadata of the source into the output, with ours added: EXIF, IPTC IIM, XMP.
+
+The only file that imports pyexiv2 (Exiv2, GPL v3). EXIF and IPTC travel from source to output inside a *carrier*, a PNG
+of one pixel, because Exiv2 copies tags between images with their types, private ones included, while a dictionary of
+strings loses them. XMP travels as its packet and is edited as XML, so that nothing in it changes but what must.
+
+Which property gets which value stands in docs/provenance.md. Dates of modification are not written, and the source's
+are removed from XMP as they would speak of another file: a time in the file would make two runs differ. The times
+stand in the JSON beside the output.
+
+Sources: XMP specification part 1 and 2, IPTC Photo Metadata Standard 2025.1, Exif 3.0.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from xml.dom import minidom
+from xml.parsers.expat import ExpatError
+
+import pyexiv2
+import tifffile
+
+from supir_batch.errors import ImageError
+from supir_batch.provenance import ProvenanceRecord
+
+# Exiv2 logs to stderr about every oddity of the files it reads; its errors still come as exceptions
+pyexiv2.set_log_level(4)
+
+OWN_NAMESPACE = "urn:x-supir-batch:ns:1.0/"
+
+_RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+_XMLNS = "http://www.w3.org/2000/xmlns/"
+_NAMESPACES = {
+    "dc": "http://purl.org/dc/elements/1.1/",
+    "xmp": "http://ns.adobe.com/xap/1.0/",
+    "xmpMM": "http://ns.adobe.com/xap/1.0/mm/",
+    "stEvt": "http://ns.adobe.com/xap/1.0/sType/ResourceEvent#",
+    "stRef": "http://ns.adobe.com/xap/1.0/sType/ResourceRef#",
+    "photoshop": "http://ns.adobe.com/photoshop/1.0/",
+    "tiff": "http://ns.adobe.com/tiff/1.0/",
+    "exif": "http://ns.adobe.com/exif/1.0/",
+    "Iptc4xmpExt": "http://iptc.org/std/Iptc4xmpExt/2008-02-29/",
+    "supirBatch": OWN_NAMESPACE,
+}
+
+# tags that describe how the source's pixels are stored, or hold what travels by other ways
+_STRUCTURE = frozenset(
+    "NewSubfileType SubfileType ImageWidth ImageLength BitsPerSample Compression PhotometricInterpretation "
+    "Thresholding CellWidth CellLength FillOrder StripOffsets SamplesPerPixel RowsPerStrip StripByteCounts "
+    "MinSampleValue MaxSampleValue PlanarConfiguration T4Options T6Options TransferFunction Predictor WhitePoint "
+    "PrimaryChromaticities ColorMap HalftoneHints TileWidth TileLength TileOffsets TileByteCounts SubIFDs InkSet "
+    "NumberOfInks DotRange ExtraSamples SampleFormat SMinSampleValue SMaxSampleValue TransferRange JPEGTables "
+    "JPEGProc JPEGInterchangeFormat JPEGInterchangeFormatLength JPEGRestartInterval JPEGLosslessPredictors "
+    "JPEGPointTransforms JPEGQTables JPEGDCTables JPEGACTables YCbCrCoefficients YCbCrSubSampling YCbCrPositioning "
+    "ReferenceBlackWhite XMLPacket IPTCNAA ImageResources InterColorProfile XResolution YResolution "
+    "ResolutionUnit".split()
+)
+_OTHER_IFDS = ("Exif.Thumbnail.", "Exif.SubImage", "Exif.Image2.", "Exif.Image3.")  # thumbnails and further pages
+
+# XMP that speaks of the source file and would be false of the output
+_STALE_XMP = (
+    *(("tiff", name) for name in ("ImageWidth", "ImageLength", "BitsPerSample", "Compression", "Orientation")),
+    *(("tiff", name) for name in ("PhotometricInterpretation", "SamplesPerPixel", "PlanarConfiguration")),
+    *(("tiff", name) for name in ("XResolution", "YResolution", "ResolutionUnit", "Software")),
+    *(("exif", name) for name in ("PixelXDimension", "PixelYDimension")),
+    *(("xmp", name) for name in ("Thumbnails", "ModifyDate", "MetadataDate")),
+)
+
+_IIM_CAPTION_LIMIT = 2000  # octets of IPTC 2:120
+_NO_XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="%s"/></x:xmpmeta>' % _RDF  # noqa: UP031
+
+
+@dataclass(frozen=True)
+class SourceMetadata:
+    """Metadata of one source. ``carrier`` is a PNG that holds its EXIF and IPTC; ``xmp`` its packet, b"" if none.
+
+    ``notes`` say what could not be read.
+    """
+
+    carrier: bytes
+    xmp: bytes
+    notes: tuple[str, ...] = ()
+
+    @property
+    def exif(self) -> dict[str, str]:
+        """EXIF and TIFF tags by Exiv2 key."""
+        return dict(_read_carrier(self.carrier)[0])
+
+    @property
+    def iptc(self) -> dict[str, str | list[str]]:
+        """IPTC IIM fields by Exiv2 key."""
+        return dict(_read_carrier(self.carrier)[1])
+
+    def to_bytes(self) -> bytes:
+        """Serialize, for TileTicket.source_metadata."""
+        fields = {
+            "carrier": base64.b64encode(self.carrier).decode(),
+            "xmp": base64.b64encode(self.xmp).decode(),
+            "notes": self.notes,
+        }
+        return json.dumps(fields).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> SourceMetadata:
+        """Undo ``to_bytes``; empty bytes give empty metadata."""
+        if not data:
+            return cls(_EMPTY_CARRIER, b"")
+        fields = json.loads(data)
+        return cls(base64.b64decode(fields["carrier"]), base64.b64decode(fields["xmp"]), tuple(fields["notes"]))
+
+
+def read_metadata(path: Path) -> SourceMetadata:
+    """Read the metadata of an image file; what Exiv2 cannot open (BigTIFF) gives its XMP only, and a note.
+
+    Never raises for odd metadata: pixels are worth more than tags, and the note tells.
+    """
+    try:
+        with pyexiv2.Image(str(path)) as image:
+            xmp = _as_packet(image.read_raw_xmp())
+            carrier = pyexiv2.ImageData(_EMPTY_CARRIER)
+            try:
+                image.copy_to_another_image(carrier, exif=True, iptc=True, xmp=False, comment=False, icc=False)
+                carrier.clear_thumbnail()
+                stale = [key for key in carrier.read_exif() if _is_structure(key)]
+                if stale:
+                    carrier.modify_exif(dict.fromkeys(stale))
+                data = bytes(carrier.get_bytes())
+            finally:
+                carrier.close()
+        return SourceMetadata(data, xmp)
+    except (RuntimeError, UnicodeDecodeError, ValueError) as error:
+        why = str(error)
+    notes = [f"EXIF and IPTC of the source could not be read and are not in the output ({why})"]
+    xmp = b""
+    if path.suffix.lower() in (".tif", ".tiff"):
+        try:
+            with tifffile.TiffFile(path) as tif:
+                found = tif.pages.first.tags.valueof(700)
+                xmp = bytes(found) if found is not None else b""
+        except (tifffile.TiffFileError, ValueError, OSError) as error:
+            notes.append(f"nor could its XMP ({error})")
+    return SourceMetadata(_EMPTY_CARRIER, xmp, tuple(notes))
+
+
+def write_metadata(path: Path, source: SourceMetadata, record: ProvenanceRecord) -> tuple[str, ...]:
+    """Put the source's metadata and ours into the finished TIFF, PNG or JPEG at ``path``; returns notes.
+
+    Deterministic. Not for BigTIFF, which Exiv2 cannot open: its XMP goes in with the pixels (``build_xmp``). Raises
+    ImageError ``metadata-failed``.
+    """
+    packet, notes = build_xmp(source, record)
+    try:
+        _write(path, source, record, packet, maker_note=True)
+    except RuntimeError as first:
+        # a JPEG holds 64 kB of EXIF; maker notes are what overflows it, and their offsets are private anyway
+        try:
+            _write(path, source, record, packet, maker_note=False)
+        except RuntimeError as error:
+            raise ImageError("metadata-failed", f"metadata cannot be written into the output: {error}") from error
+        notes = (*notes, f"the camera's maker note was left out of the output ({first})")
+    return (*source.notes, *notes)
+
+
+def build_xmp(source: SourceMetadata, record: ProvenanceRecord) -> tuple[bytes, tuple[str, ...]]:
+    """XMP packet of the output: the source's, edited, plus ours; and notes on what of the source was unreadable."""
+    notes: tuple[str, ...] = ()
+    try:
+        document = _parse(source.xmp)
+    except (ExpatError, ValueError) as error:
+        document = minidom.parseString(_NO_XMP)
+        notes = (f"the source's XMP packet is not valid and was left out ({error})",)
+    editor = _Xmp(document)
+    for prefix, name in _STALE_XMP:
+        editor.remove(prefix, name)
+
+    editor.text("Iptc4xmpExt", "DigitalSourceType", record.digital_source_type)
+    if record.generative:
+        editor.text("Iptc4xmpExt", "AISystemUsed", record.engine_name)
+        editor.text("Iptc4xmpExt", "AISystemVersionUsed", record.system_version)
+        editor.text("Iptc4xmpExt", "AIPromptInformation", record.prompt_information)
+        if record.prompt_writer is not None:
+            editor.text("Iptc4xmpExt", "AIPromptWriterName", record.prompt_writer)
+    if record.notice:
+        editor.localized("dc", "description", _with_notice(editor.read("dc", "description"), record.notice))
+        editor.text("photoshop", "Instructions", _with_notice(editor.read("photoshop", "Instructions"), record.notice))
+    editor.text("xmp", "CreatorTool", record.software)
+    editor.text("tiff", "Orientation", "1")
+
+    source_document = editor.read("xmpMM", "DocumentID")
+    source_instance = editor.read("xmpMM", "InstanceID")
+    original = editor.read("xmpMM", "OriginalDocumentID") or source_document or record.fallback_original_id
+    reference = {
+        "documentID": source_document or record.fallback_original_id,
+        "instanceID": source_instance,
+        "originalDocumentID": original,
+        "filePath": record.source_name,
+    }
+    editor.text("xmpMM", "DocumentID", record.document_id)
+    editor.text("xmpMM", "InstanceID", record.instance_id)
+    editor.text("xmpMM", "OriginalDocumentID", original)
+    editor.struct("xmpMM", "DerivedFrom", "stRef", {key: value for key, value in reference.items() if value})
+    editor.append_event(
+        {
+            "action": "derived",
+            "instanceID": record.instance_id,
+            "softwareAgent": record.software,
+            "parameters": record.history_parameters,
+            "changed": "/",
+        }
+    )
+    for name, value in {
+        "Fingerprint": record.fingerprint,
+        "SourceSHA256": record.source_sha256,
+        "ConfigSHA256": record.settings_sha256,
+        "Seed": str(record.seed),
+        "Engine": record.engine,
+        "Scale": f"{record.scale[0]:g} {record.scale[1]:g}",
+        "TileSpec": record.tile_spec,
+        "ColorFix": str(record.settings["color_fix"]),
+        "GenerativeReconstruction": str(record.generative),
+    }.items():
+        editor.text("supirBatch", name, value)
+    return _packet(document), notes
+
+
+def _write(path: Path, source: SourceMetadata, record: ProvenanceRecord, packet: bytes, *, maker_note: bool) -> None:
+    ours = {
+        "Exif.Image.Software": record.software,
+        "Exif.Image.Orientation": "1",
+    }
+    carrier = pyexiv2.ImageData(source.carrier)
+    try:
+        exif, iptc = carrier.read_exif(), carrier.read_iptc()
+        if record.notice:
+            described = _with_notice(exif.get("Exif.Image.ImageDescription", ""), record.notice)
+            ours["Exif.Image.ImageDescription"] = described.encode("ascii", "replace").decode()
+        if record.dpi is not None and record.output_format != "tiff":  # a TIFF's own tags hold it already
+            ours["Exif.Image.XResolution"] = _rational(record.dpi[0])
+            ours["Exif.Image.YResolution"] = _rational(record.dpi[1])
+            ours["Exif.Image.ResolutionUnit"] = "2"
+        for key, size in zip(
+            ("Exif.Photo.PixelXDimension", "Exif.Photo.PixelYDimension"), record.output_size, strict=True
+        ):
+            if key in exif:
+                ours[key] = str(size)
+        carrier.modify_exif(ours)
+        if not maker_note:
+            carrier.modify_exif({key: None for key in exif if _is_maker_note(key)})
+        caption = iptc.get("Iptc.Application2.Caption")
+        if caption and record.notice:
+            noted = _with_notice(caption, record.notice).encode()[:_IIM_CAPTION_LIMIT].decode(errors="ignore")
+            carrier.modify_iptc({"Iptc.Application2.Caption": noted})
+        with pyexiv2.Image(str(path)) as image:
+            carrier.copy_to_another_image(image, exif=True, iptc=True, xmp=False, comment=False, icc=False)
+            image.modify_raw_xmp(packet.decode())
+    finally:
+        carrier.close()
+
+
+def _read_carrier(data: bytes) -> tuple[dict[str, str], dict[str, str | list[str]]]:
+    carrier = pyexiv2.ImageData(data)
+    try:
+        return carrier.read_exif(), carrier.read_iptc()
+    finally:
+        carrier.close()
+
+
+def _is_structure(key: str) -> bool:
+    group, _, name = key.rpartition(".")
+    return (group == "Exif.Image" and name in _STRUCTURE) or key.startswith(_OTHER_IFDS)
+
+
+def _is_maker_note(key: str) -> bool:
+    # Exiv2 names decoded maker notes by vendor group (Exif.Canon.x, Exif.CanonCs.x)
+    group = key.split(".")[1]
+    return key == "Exif.Photo.MakerNote" or group not in ("Image", "Photo", "GPSInfo", "Iop")
+
+
+def _with_notice(text: str, notice: str) -> str:
+    text = text.strip()
+    if notice in text:
+        return text
+    return f"{text} | {notice}" if text else notice
+
+
+def _rational(value: float) -> str:
+    return f"{round(value * 10000)}/10000" if value != round(value) else f"{round(value)}/1"
+
+
+# ------------------------------------------------------------------------------------------------ XMP packets as XML
+
+
+def _as_packet(raw: str) -> bytes:
+    return raw.strip("\0 \n").encode()
+
+
+def _parse(packet: bytes) -> minidom.Document:
+    """Parse a packet without its wrapper; ValueError if it is no XMP or declares entities."""
+    # an XMP packet never has a document type; one that does is an attack on the parser
+    if b"<!DOCTYPE" in packet or b"<!ENTITY" in packet:
+        raise ValueError("it declares a document type")
+    body = re.sub(rb"<\?xpacket.*?\?>", b"", packet, flags=re.DOTALL).strip(b"\0\xef\xbb\xbf \r\n\t")
+    document = minidom.parseString(body or _NO_XMP.encode())
+    if not document.getElementsByTagNameNS(_RDF, "RDF"):
+        raise ValueError("it has no rdf:RDF element")
+    return document
+
+
+def _packet(document: minidom.Document) -> bytes:
+    body = document.documentElement.toxml() if document.documentElement is not None else ""
+    return f'<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n{body}\n<?xpacket end="w"?>'.encode()
+
+
+class _Xmp:
+    """Edits the properties of one parsed XMP packet.
+
+    A property can be an attribute or a child of any ``rdf:Description``; ours all go into one description of their
+    own, which declares its own prefixes, so that it cannot clash with the source's.
+    """
+
+    def __init__(self, document: minidom.Document) -> None:
+        self._document = document
+        rdf = document.getElementsByTagNameNS(_RDF, "RDF")[0]
+        self._rdf_prefix = rdf.prefix or "rdf"
+        self._descriptions = [
+            node
+            for node in rdf.childNodes
+            if isinstance(node, minidom.Element) and node.namespaceURI == _RDF and node.localName == "Description"
+        ]
+        about = self._descriptions[0].getAttributeNS(_RDF, "about") if self._descriptions else ""
+        own = document.createElementNS(_RDF, "rdf:Description")
+        own.setAttributeNS(_XMLNS, "xmlns:rdf", _RDF)
+        own.setAttributeNS(_RDF, "rdf:about", about)
+        for prefix, uri in _NAMESPACES.items():
+            own.setAttributeNS(_XMLNS, f"xmlns:{prefix}", uri)
+        rdf.appendChild(own)
+        self._own = own
+
+    def read(self, prefix: str, name: str) -> str:
+        """Text of a simple property, or of the first item of an array; "" if absent."""
+        uri = _NAMESPACES[prefix]
+        for description in self._descriptions:
+            if description.hasAttributeNS(uri, name):
+                return str(description.getAttributeNS(uri, name))
+        for element in self._elements(uri, name):
+            items = element.getElementsByTagNameNS(_RDF, "li")
+            return _text_of(items[0] if items else element).strip()
+        return ""
+
+    def remove(self, prefix: str, name: str) -> None:
+        """Remove a property wherever it stands."""
+        uri = _NAMESPACES[prefix]
+        for description in self._descriptions:
+            if description.hasAttributeNS(uri, name):
+                description.removeAttributeNS(uri, name)
+        for element in self._elements(uri, name):
+            if element.parentNode is not None:
+                element.parentNode.removeChild(element)
+
+    def text(self, prefix: str, name: str, value: str) -> None:
+        """Set a simple property, in place of any of that name."""
+        self.remove(prefix, name)
+        self._own.appendChild(self._leaf(f"{prefix}:{name}", _NAMESPACES[prefix], value))
+
+    def localized(self, prefix: str, name: str, value: str) -> None:
+        """Set the default language of a language alternative; other languages of the source stay."""
+        others = [
+            item.cloneNode(True)
+            for element in self._elements(_NAMESPACES[prefix], name)
+            for item in element.getElementsByTagNameNS(_RDF, "li")[1:]
+        ]
+        self.remove(prefix, name)
+        element = self._document.createElementNS(_NAMESPACES[prefix], f"{prefix}:{name}")
+        options = self._document.createElementNS(_RDF, "rdf:Alt")
+        item = self._leaf("rdf:li", _RDF, value)
+        item.setAttribute("xml:lang", "x-default")
+        options.appendChild(item)
+        for other in others:
+            options.appendChild(other)
+        element.appendChild(options)
+        self._own.appendChild(element)
+
+    def struct(self, prefix: str, name: str, field_prefix: str, fields: dict[str, str]) -> None:
+        """Set a structure of simple fields, in place of any of that name."""
+        self.remove(prefix, name)
+        element = self._document.createElementNS(_NAMESPACES[prefix], f"{prefix}:{name}")
+        self._fill(element, field_prefix, fields)
+        self._own.appendChild(element)
+
+    def append_event(self, fields: dict[str, str]) -> None:
+        """Append to xmpMM:History, which keeps what the source had."""
+        uri = _NAMESPACES["xmpMM"]
+        earlier = [
+            item.cloneNode(True)
+            for element in self._elements(uri, "History")
+            for item in element.getElementsByTagNameNS(_RDF, "li")
+        ]
+        self.remove("xmpMM", "History")
+        element = self._document.createElementNS(uri, "xmpMM:History")
+        events = self._document.createElementNS(_RDF, "rdf:Seq")
+        for event in earlier:
+            events.appendChild(event)
+        ours = self._document.createElementNS(_RDF, "rdf:li")
+        self._fill(ours, "stEvt", fields)
+        events.appendChild(ours)
+        element.appendChild(events)
+        self._own.appendChild(element)
+
+    def _fill(self, element: minidom.Element, prefix: str, fields: dict[str, str]) -> None:
+        element.setAttributeNS(_RDF, "rdf:parseType", "Resource")
+        for name, value in fields.items():
+            element.appendChild(self._leaf(f"{prefix}:{name}", _NAMESPACES[prefix], value))
+
+    def _leaf(self, qualified: str, uri: str, value: str) -> minidom.Element:
+        element = self._document.createElementNS(uri, qualified)
+        # characters that XML 1.0 cannot hold would make the whole packet unreadable
+        clean = re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", value)
+        element.appendChild(self._document.createTextNode(clean))
+        return element
+
+    def _elements(self, uri: str, name: str) -> list[minidom.Element]:
+        """Elements of a property at the top level of a description, ours included."""
+        return [
+            node
+            for description in (*self._descriptions, self._own)
+            for node in description.childNodes
+            if isinstance(node, minidom.Element) and node.namespaceURI == uri and node.localName == name
+        ]
+
+
+def _text_of(element: minidom.Element) -> str:
+    return "".join(
+        str(node.data) if isinstance(node, minidom.Text) else _text_of(node)
+        for node in element.childNodes
+        if isinstance(node, minidom.Text | minidom.Element)
+    )
+
+
+# a PNG of one grey pixel
+_EMPTY_CARRIER = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)

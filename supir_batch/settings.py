@@ -1,0 +1,668 @@
+"""What the user asked for (the manifest: YAML, then environment, then flags) and what it means for one image.
+
+Sections of a manifest are pydantic models that refuse unknown keys; :func:`resolve` turns them into the frozen
+:class:`~supir_batch.types.Settings` in which no default is left open. :func:`settings_hash` and :func:`fingerprint`
+give a piece of work its identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import glob
+import hashlib
+import json
+import os
+import re
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from supir_batch import store
+from supir_batch.errors import ManifestError
+from supir_batch.types import Settings, Source
+from supir_model.config import MODELS, ModelConfig, SamplingDefaults
+
+ENVIRONMENT_PREFIX = "SUPIR_BATCH__"
+DEFAULT_NOTICE = "AI-assisted reconstruction; details may not be in the original"
+NAMING_FIELDS = ("stem", "id", "engine", "upscale")
+MAX_SEED = 2**63 - 1
+
+Material = Literal["photograph", "painting", "drawing", "document", "map"]
+
+# Weights under these licenses run only after the manifest names the license.
+_ACCEPTANCE_NEEDED = {"supir-noncommercial"}
+
+
+class _Section(BaseModel):
+    # strict: YAML already gives numbers their type, so a string or a bool where a number belongs is a mistake
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Output(_Section):
+    """Where restored images go and in which form."""
+
+    uri: str = Field(min_length=1, description="Folder or prefix for outputs and run log; a path or an fsspec URI.")
+    format: Literal["source", "tiff", "png", "jpeg"] = Field(
+        default="source", description="File format; source: as the input."
+    )
+    bit_depth: Literal["source", 8, 16] = Field(default="source", description="Bits per channel; source: as the input.")
+    naming: str = Field(
+        default="{stem}", description="Output name, no extension; may use {stem} {id} {engine} {upscale}."
+    )
+
+    @field_validator("naming")
+    @classmethod
+    def _names_the_image(cls, naming: str) -> str:
+        try:
+            fields = {field for _, field, _, _ in string.Formatter().parse(naming) if field is not None}
+        except ValueError as error:
+            raise ValueError(f"is not a naming template ({error})") from error
+        unknown = sorted(fields - set(NAMING_FIELDS))
+        if unknown:
+            raise ValueError(f"has no field {{{unknown[0]}}}; it knows {' '.join(f'{{{f}}}' for f in NAMING_FIELDS)}")
+        if not fields & {"stem", "id"}:
+            raise ValueError("must contain {stem} or {id}, otherwise all outputs of a folder share one name")
+        if "/" in naming or "\\" in naming or naming.startswith("."):
+            raise ValueError("must be a file name: no slashes, no leading dot; the folder tree is mirrored by itself")
+        return naming
+
+
+class Engine(_Section):
+    """What restores the pixels. A sampling value left out comes from the preset of the weights."""
+
+    name: Literal["supir", "lanczos"] = Field(
+        default="supir", description="supir: generative; lanczos: plain enlargement."
+    )
+    weights: str = Field(default="tiny", description="Model of the supir engine: tiny, v0Q or v0F.")
+    preset: Literal["fidelity", "quality"] = Field(default="fidelity", description="fidelity: close to the source.")
+    steps: int | None = Field(default=None, ge=1, le=1000, description="Sampling steps.")
+    cfg_start: float | None = Field(
+        default=None, ge=0, le=30, description="Guidance scale at the largest sigma; 1 = none."
+    )
+    cfg_end: float | None = Field(default=None, ge=0, le=30, description="Guidance scale at sigma 0.")
+    control_scale: float | None = Field(
+        default=None, ge=0, le=2, description="Strength of the control encoder's features."
+    )
+    restoration_tau: Annotated[float, Field(gt=0, le=100)] | Literal["off"] | None = Field(
+        default=None, description="Exponent of restoration guidance; larger is weaker; off: no restoration guidance."
+    )
+    churn: float | None = Field(default=None, ge=0, le=100, description="S_churn of the EDM sampler; 0: deterministic.")
+    noise: float | None = Field(default=None, gt=0, le=2, description="S_noise: factor on the noise that churn adds.")
+    color_fix: Literal["wavelet", "adain", "none"] | None = Field(
+        default=None, description="How colors follow the source."
+    )
+    seed: int = Field(
+        default=0, ge=0, le=MAX_SEED, description="Run seed; each image's seed is a hash of it and the source."
+    )
+    upscale: float = Field(default=1.0, ge=0.1, le=16, description="Output side / input side.")
+    min_size: int | None = Field(
+        default=None,
+        ge=0,
+        le=8192,
+        description="Shorter sides are enlarged to this many pixels while working; 0: never.",
+    )
+    accept_license: str | None = Field(
+        default=None, description="Name of the license of restricted weights, as acceptance."
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _known_weights(cls, weights: str) -> str:
+        if weights not in MODELS:
+            raise ValueError(f"names no known model; choose one of {', '.join(MODELS)}{_hint(weights, MODELS)}")
+        return weights
+
+    @model_validator(mode="after")
+    def _license_accepted(self) -> Engine:
+        needed = MODELS[self.weights].license
+        if self.name == "supir" and needed in _ACCEPTANCE_NEEDED and self.accept_license != needed:
+            raise ValueError(
+                f"weights '{self.weights}' may be used under the license '{needed}' only; "
+                f"read it and add 'accept_license: {needed}'"
+            )
+        return self
+
+
+class Caption(_Section):
+    """Where the prompt comes from. A ``prompt`` in a list row always wins."""
+
+    mode: Literal["attributes", "manifest", "sidecar", "fixed", "none"] = Field(
+        default="attributes",
+        description="attributes: measured on the image; manifest: list column prompt; sidecar: <image>.txt beside it; "
+        "fixed: text; none: only the positive prompt.",
+    )
+    text: str | None = Field(default=None, description="The caption of every image, for mode fixed.")
+    positive_prompt: str | None = Field(
+        default=None, description="Appended to every caption; left out: the model's own."
+    )
+    negative_prompt: str | None = Field(
+        default=None, description="What guidance leads away from; left out: the model's own."
+    )
+
+    @model_validator(mode="after")
+    def _text_with_fixed(self) -> Caption:
+        if self.mode == "fixed" and self.text is None:
+            raise ValueError("mode 'fixed' needs 'text'")
+        if self.mode != "fixed" and self.text is not None:
+            raise ValueError(f"'text' is only used by mode 'fixed', but mode is '{self.mode}'")
+        return self
+
+
+class Tiling(_Section):
+    """How large images are cut. Sizes of tiles in pixels, of windows in latent positions."""
+
+    max_pixels: int = Field(
+        default=4_194_304, ge=65_536, le=2**30, description="A larger working image is cut into tiles."
+    )
+    overlap: int = Field(default=128, ge=0, le=2048, description="Pixels shared by neighboring tiles.")
+    window: int | None = Field(
+        default=None, ge=16, le=512, multiple_of=8, description="Side of a window, latent positions."
+    )
+    stride: int | None = Field(
+        default=None, ge=8, le=512, multiple_of=8, description="Step between windows, latent positions."
+    )
+
+    @model_validator(mode="after")
+    def _tiles_wider_than_overlap(self) -> Tiling:
+        if (2 * self.overlap + 64) ** 2 > self.max_pixels:
+            raise ValueError(
+                f"overlap {self.overlap} is too large for tiles of {self.max_pixels} pixels; "
+                f"use max_pixels of at least {(2 * self.overlap + 64) ** 2}"
+            )
+        return self
+
+
+class Provenance(_Section):
+    """What is written into each output about its making."""
+
+    notice: str = Field(default=DEFAULT_NOTICE, description="Sentence embedded in every output of a generative engine.")
+    operator: str | None = Field(default=None, description="Person who runs this.")
+    organization: str | None = Field(default=None, description="Institution in whose name this runs.")
+
+
+class Runtime(_Section):
+    """Where and how wide the work runs; never decides what an output looks like."""
+
+    actors: int = Field(default=1, ge=1, le=4096, description="Restoring workers; each loads the model once.")
+    cpus: int | None = Field(default=None, ge=1, le=65_536, description="CPU cores a local Ray may use; left out: all.")
+    gpus_per_actor: float = Field(
+        default=0.0, ge=0, le=16, description="GPUs of one restoring worker; fractions share one."
+    )
+    batch: int = Field(default=1, ge=1, le=256, description="Tiles restored at once by one worker.")
+    address: str | None = Field(default=None, description="Address of a Ray cluster; left out: a local Ray.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: CUDA where a worker has it, else CPU."
+    )
+
+
+def _one_or_many(value: object) -> object:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Manifest(_Section):
+    """A whole run: what to restore, where to, how. ``inputs`` and ``output.uri`` are absolute after loading."""
+
+    name: str = Field(default="", max_length=200, description="A title for people; shown in report and log.")
+    inputs: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_many)] = Field(
+        min_length=1, description="Files, folders, globs, or .csv / .jsonl / .parquet lists."
+    )
+    output: Output
+    engine: Engine = Engine()
+    caption: Caption = Caption()
+    tiling: Tiling = Tiling()
+    provenance: Provenance = Provenance()
+    runtime: Runtime = Runtime()
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)  # dotted key -> manifest | environment | flag
+
+    @model_validator(mode="after")
+    def _stride_within_window(self) -> Manifest:
+        if self.engine.name == "supir":
+            window, stride = _window(self)
+            if stride > window:
+                raise ValueError(f"tiling.stride: {stride} exceeds the window of {window}; windows would leave gaps")
+        return self
+
+
+class Explained(NamedTuple):
+    """One resolved value and where it came from."""
+
+    key: str
+    value: object
+    origin: str
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+def load_manifest(
+    uri: str, overrides: Mapping[str, str] | None = None, environ: Mapping[str, str] | None = None
+) -> Manifest:
+    """Read a manifest, layer ``SUPIR_BATCH__SECTION__KEY`` variables and then ``overrides`` (dotted keys) over it.
+
+    Relative local paths count from the manifest's folder, those in variables and overrides from the current folder.
+    ``environ`` is the process's environment when None. Raises ManifestError with one line per problem.
+    """
+    if not store.exists(uri):
+        raise ManifestError(f"{uri}: no such manifest; give the path of a YAML file")
+    data = _parse_yaml(store.read_text(uri), uri)
+    origins = dict.fromkeys(_leaves(data), "manifest")
+    _make_absolute(data, store.parent(store.resolve(os.getcwd(), uri)))
+
+    layers = [("environment", variable, value) for variable, value in _from_environment(environ).items()]
+    layers += [("flag", key, value) for key, value in (overrides or {}).items()]
+    for origin, label, text in layers:
+        key = _environment_key(label) if origin == "environment" else label
+        layer = _override(key, text, f"{origin} {label}")
+        _make_absolute(layer, os.getcwd())
+        _merge(data, layer)
+        origins[key] = origin
+
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        lines = _joined(dict.fromkeys(_error_lines(error, origins)))
+        raise ManifestError("\n".join(f"{uri}: {line}" for line in lines)) from error
+    manifest._origins.update(origins)
+    return manifest
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the scalars of YAML 1.2: ``off`` and ``no`` are words, ``1e-3`` is a number, no key twice."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's protocol)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+            if key.value in seen:
+                problem = f"key '{key.value}' is already given on line {seen[key.value]}; remove one of them"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?(?:0|[1-9][0-9_]*)$", list("-+0123456789")),
+    ("float", r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
+    ("merge", r"^<<$", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+
+def _parse_yaml(text: str, uri: str) -> dict[str, Any]:
+    try:
+        data = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{uri}:{mark.line + 1}" if mark else uri
+        raise ManifestError(f"{place}: {getattr(error, 'problem', None) or 'is not valid YAML'}") from error
+    if not isinstance(data, dict):
+        raise ManifestError(f"{uri}: is no manifest: expected keys such as 'inputs' and 'output', saw {_shown(data)}")
+    return {str(key): value for key, value in data.items()}
+
+
+def _from_environment(environ: Mapping[str, str] | None) -> dict[str, str]:
+    values = os.environ if environ is None else environ
+    return {key: values[key] for key in sorted(values) if key.startswith(ENVIRONMENT_PREFIX)}
+
+
+def _environment_key(variable: str) -> str:
+    return variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+
+
+def _override(key: str, text: str, label: str) -> dict[str, Any]:
+    """The nested mapping that ``key=text`` stands for."""
+    parts = key.split(".")
+    if not all(parts):
+        raise ManifestError(f"{label}: '{key}' is not a key; write section.key=value, such as engine.steps=20")
+    value: Any = text
+    if not _takes_only_text(parts):
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise ManifestError(f"{label}: cannot read the value {text!r}") from error
+    for part in reversed(parts):
+        value = {part: value}
+    return dict(value)
+
+
+def _takes_only_text(parts: Sequence[str]) -> bool:
+    """Whether the field is a plain string, so that ``--set name=1911`` stays one; ``null`` then is only a word."""
+    model: type[BaseModel] = Manifest
+    for part in parts[:-1]:
+        section = _section(model, part)
+        if section is None:
+            return False
+        model = section
+    field = model.model_fields.get(parts[-1])
+    if field is None:
+        return False
+    return field.annotation is str
+
+
+def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    field = model.model_fields.get(key)
+    annotation = field.annotation if field else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _merge(base: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        below = base.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            _merge(below, value)
+        else:
+            base[key] = value
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in data.items():
+        keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+    return keys
+
+
+def _make_absolute(data: dict[str, Any], folder: str) -> None:
+    """Resolve ``inputs`` and ``output.uri`` against ``folder``; values of a wrong type are left to validation."""
+    inputs = data.get("inputs")
+    if isinstance(inputs, str) and inputs:
+        data["inputs"] = [_absolute_input(folder, inputs)]
+    elif isinstance(inputs, list):
+        data["inputs"] = [_absolute_input(folder, one) if isinstance(one, str) and one else one for one in inputs]
+    output = data.get("output")
+    if isinstance(output, dict) and isinstance(output.get("uri"), str) and output["uri"]:
+        data["output"] = {**output, "uri": store.resolve(folder, output["uri"])}
+
+
+def _absolute_input(folder: str, reference: str) -> str:
+    literal = store.resolve(folder, reference)
+    if literal != reference and store.has_glob(reference) and not (store.exists(literal) or store.is_folder(literal)):
+        return store.resolve(glob.escape(folder), reference)  # a folder named "[1911]" is not part of the pattern
+    return literal
+
+
+# --- messages ------------------------------------------------------------------------------------------------------
+
+
+def _error_lines(error: ValidationError, origins: Mapping[str, str]) -> Iterable[str]:
+    for problem in error.errors():
+        path, model = _path(problem["loc"])
+        source = {"environment": " (from the environment)", "flag": " (from --set)"}.get(origins.get(path, ""), "")
+        kind, message = problem["type"], problem["msg"]
+        if kind == "extra_forbidden":
+            yield f"{path}{source}: unknown key{_key_hint(path.rpartition('.')[2], model)}"
+        elif kind == "missing":
+            yield f"{path}: is required but missing"
+        elif kind == "value_error":
+            text = str(problem["ctx"]["error"])
+            given = problem["input"]
+            where = f"{path}{source}: " if path else ""
+            yield f"{where}{_shown(given)} {text}" if isinstance(given, str) else f"{where}{text}"
+        elif kind in ("model_type", "model_attributes_type"):
+            yield f"{path}{source}: is a section; write 'key: value' lines below it, saw {_shown(problem['input'])}"
+        else:
+            text = message.replace("Input should be", "must be").replace("valid ", "")
+            yield f"{path}{source}: {text[:1].lower()}{text[1:]}, saw {_shown(problem['input'])}"
+
+
+def _joined(lines: Iterable[str]) -> list[str]:
+    """One line for each value that fits none of its alternatives: ``must be a number or 'off', saw 'abc'``."""
+    merged: list[str] = []
+    for line in lines:
+        head, _, seen = line.rpartition(", saw ")
+        subject, separator, wanted = head.partition(": must be ")
+        if separator and merged and merged[-1].startswith(f"{subject}: must be ") and merged[-1].endswith(seen):
+            merged[-1] = f"{merged[-1].rpartition(', saw ')[0]} or {wanted}, saw {seen}"
+        else:
+            merged.append(line)
+    return merged
+
+
+def _path(location: Sequence[int | str]) -> tuple[str, type[BaseModel]]:
+    """The dotted key of an error and the section it is in; what pydantic appends for union members is dropped."""
+    model: type[BaseModel] = Manifest
+    keys: list[str] = []
+    for part in location:
+        keys.append(str(part))
+        section = _section(model, str(part))
+        if section is None:
+            break
+        model = section
+    return ".".join(keys), model
+
+
+def _key_hint(key: str, model: type[BaseModel]) -> str:
+    near = _hint(key, model.model_fields)
+    if near:
+        return near
+    for section, field in Manifest.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and key in inner.model_fields:
+            return f"; did you mean '{section}.{key}'?"
+    return f"; known keys: {', '.join(model.model_fields)}"
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word.lower(), {k.lower(): k for k in known}, n=1)
+    return "".join(f"; did you mean '{k}'?" for k in known if near and k.lower() == near[0])
+
+
+def _shown(value: object) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --- resolving -----------------------------------------------------------------------------------------------------
+
+
+def resolve(manifest: Manifest, source: Source, model_sha256: str, sidecar: str | None = None) -> Settings:
+    """Everything that decides this image's output besides its bytes.
+
+    ``model_sha256`` is the hash of the weights ("" for engines without). ``sidecar`` is the text beside the image, for
+    caption mode ``sidecar``. Raises ManifestError when the caption mode needs a text that is not there.
+    """
+    engine, generative = manifest.engine, manifest.engine.name == "supir"
+    sampling = _sampling(manifest)
+    prompt, prompt_source = _prompt(manifest, source, sidecar)
+    config = MODELS[engine.weights]
+    window, stride = _window(manifest) if generative else (0, 0)
+    tau = sampling["restoration_tau"]
+    return Settings(
+        engine=engine.name,
+        engine_name=config.display_name if generative else "Lanczos",
+        model_sha256=model_sha256 if generative else "",
+        weights=engine.weights if generative else "",
+        preset=engine.preset if generative else "",
+        steps=int(sampling["steps"]),
+        cfg_start=float(sampling["cfg_start"]),
+        cfg_end=float(sampling["cfg_end"]),
+        control_scale=float(sampling["control_scale"]),
+        restoration_tau=None if tau is None or tau == "off" else float(tau),
+        churn=float(sampling["churn"]),
+        noise=float(sampling["noise"]),
+        color_fix=str(sampling["color_fix"]),
+        upscale=float(engine.upscale if source.upscale is None else source.upscale),
+        min_size=_min_size(manifest) if generative else 0,
+        window=window,
+        stride=stride,
+        max_pixels=manifest.tiling.max_pixels,
+        overlap=manifest.tiling.overlap,
+        caption_mode=manifest.caption.mode if generative else "none",
+        prompt=prompt,
+        prompt_source=prompt_source,
+        positive_prompt=_positive(manifest) if generative else "",
+        negative_prompt=_negative(manifest, source) if generative else "",
+        material=(source.material or "") if generative else "",
+        run_seed=engine.seed if generative else 0,
+        seed=source.seed if generative else None,
+        format=manifest.output.format,
+        bit_depth=None if manifest.output.bit_depth == "source" else manifest.output.bit_depth,
+        notice=manifest.provenance.notice,
+        operator=manifest.provenance.operator,
+        organization=manifest.provenance.organization,
+        accepted_license=engine.accept_license if generative and config.license in _ACCEPTANCE_NEEDED else None,
+    )
+
+
+# What a non-generative engine records for the values it does not use.
+_NEUTRAL = SamplingDefaults(0, 0.0, 0.0, 0.0, None, 0.0, 0.0, "none")
+_SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingDefaults))
+
+
+def _preset(manifest: Manifest) -> SamplingDefaults:
+    presets = MODELS[manifest.engine.weights].presets
+    if manifest.engine.preset not in presets:
+        raise ManifestError(
+            f"engine.preset: weights '{manifest.engine.weights}' have no preset '{manifest.engine.preset}'; "
+            f"choose one of {', '.join(presets)}"
+        )
+    return presets[manifest.engine.preset]
+
+
+def _sampling(manifest: Manifest) -> dict[str, Any]:
+    """The sampling values: the manifest's where given, else the preset's."""
+    if manifest.engine.name != "supir":
+        return dataclasses.asdict(_NEUTRAL)
+    values = dataclasses.asdict(_preset(manifest))
+    for key in _SAMPLING_KEYS:
+        given = getattr(manifest.engine, key)
+        if given is not None:
+            values[key] = given
+    return values
+
+
+def _window(manifest: Manifest) -> tuple[int, int]:
+    """Window and stride in latent positions. A narrower window keeps the model's stride within it."""
+    config: ModelConfig = MODELS[manifest.engine.weights]
+    window = config.window if manifest.tiling.window is None else manifest.tiling.window
+    stride = min(config.stride, window) if manifest.tiling.stride is None else manifest.tiling.stride
+    return window, stride
+
+
+def _min_size(manifest: Manifest) -> int:
+    given = manifest.engine.min_size
+    return MODELS[manifest.engine.weights].min_size if given is None else given
+
+
+def _positive(manifest: Manifest) -> str:
+    given = manifest.caption.positive_prompt
+    return MODELS[manifest.engine.weights].positive_prompt if given is None else given
+
+
+def _negative(manifest: Manifest, source: Source | None) -> str:
+    for given in (source.negative_prompt if source else None, manifest.caption.negative_prompt):
+        if given is not None:
+            return given
+    return MODELS[manifest.engine.weights].negative_prompt
+
+
+def _prompt(manifest: Manifest, source: Source, sidecar: str | None) -> tuple[str | None, str]:
+    """The caption if it is known before the image is read, and where it comes from."""
+    caption = manifest.caption
+    if manifest.engine.name != "supir":
+        return "", "none"
+    if source.prompt is not None:
+        return source.prompt, "manifest"
+    if caption.mode == "fixed":
+        return caption.text, "fixed"
+    if caption.mode == "none":
+        return "", "none"
+    if caption.mode == "attributes":
+        return None, "attributes"
+    if caption.mode == "sidecar" and sidecar is not None:
+        return sidecar.strip(), "sidecar"
+    raise ManifestError(
+        f"{source.origin}: '{source.id}' has no prompt, but caption.mode is '{caption.mode}'; "
+        f"{'add a prompt to its row' if caption.mode == 'manifest' else 'put a .txt file beside it'} "
+        f"or choose another caption.mode"
+    )
+
+
+def explain(manifest: Manifest) -> list[Explained]:
+    """Every key with the value that will be used and where that comes from; values a list row gives come on top.
+
+    ``origin`` is ``manifest``, ``environment``, ``flag``, ``default``, ``preset <preset> of <weights>``,
+    ``model <weights>`` or ``not used by lanczos``.
+    """
+    engine, generative = manifest.engine, manifest.engine.name == "supir"
+    preset, model = f"preset {engine.preset} of {engine.weights}", f"model {engine.weights}"
+    filled: dict[str, tuple[object, str]] = {}
+    if generative:
+        filled = {f"engine.{key}": (value, preset) for key, value in _sampling(manifest).items()}
+        window, stride = _window(manifest)
+        filled |= {
+            "engine.min_size": (_min_size(manifest), model),
+            "tiling.window": (window, model),
+            "tiling.stride": (stride, model),
+            "caption.positive_prompt": (_positive(manifest), model),
+            "caption.negative_prompt": (_negative(manifest, None), model),
+        }
+    used_by_lanczos = {"engine.name", "engine.upscale", "tiling.max_pixels", "tiling.overlap"}
+    explained = []
+    for key, value, given in _flat(manifest):
+        if not generative and key.startswith(("engine.", "caption.", "tiling.")) and key not in used_by_lanczos:
+            explained.append(Explained(key, None, "not used by lanczos"))
+        elif key in filled and value is None:
+            explained.append(Explained(key, *filled[key]))
+        else:
+            explained.append(Explained(key, value, manifest._origins.get(key, "manifest" if given else "default")))
+    return explained
+
+
+def _flat(model: BaseModel, prefix: str = "") -> list[tuple[str, Any, bool]]:
+    rows: list[tuple[str, Any, bool]] = []
+    for key in type(model).model_fields:
+        value = getattr(model, key)
+        if isinstance(value, BaseModel):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", value, key in model.model_fields_set))
+    return rows
+
+
+# --- identity ------------------------------------------------------------------------------------------------------
+
+
+def settings_hash(settings: Settings) -> str:
+    """SHA-256 (hex) of the settings' canonical JSON: sorted keys, no spaces, floats by their shortest exact form."""
+    hints = get_type_hints(Settings)
+    values = dataclasses.asdict(settings)
+    for key, value in values.items():
+        if value is not None and (hints[key] is float or float in get_args(hints[key])):
+            values[key] = float(value)  # 1 and 1.0 are the same setting
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def fingerprint(source_sha256: str, settings_sha256: str) -> str:
+    """The identity of one piece of work: SHA-256 (hex) over both hashes."""
+    return hashlib.sha256(f"{source_sha256}:{settings_sha256}".encode("ascii")).hexdigest()
+
+
+def item_seed(settings: Settings, source_sha256: str) -> int:
+    """The seed of one image, in [0, 2**63): as given, else a hash of run seed and source, so no order matters."""
+    if settings.seed is not None:
+        return settings.seed
+    digest = hashlib.sha256(f"{settings.run_seed}:{source_sha256}".encode("ascii")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,464 @@
+"""Objects behind URIs: list, read, and write whole or not at all. The only file that knows fsspec.
+
+A URI is a local path (absolute or relative to the current folder), ``file://...`` or anything fsspec opens
+(``s3://...``, ``gs://...``, ``memory://...``). Every failure is a :class:`StoreError` whose message begins with the
+URI; it is a :class:`TransientStoreError` when trying again can help.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import posixpath
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from supir_batch.errors import StoreError, TransientStoreError
+
+PARTIAL_SUFFIX = ".partial"
+
+_MAX_NAME_BYTES = 255  # of one path component, on every file system we know
+
+# Object stores have no folders: asking them to make one may create a bucket.
+_FOLDERLESS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "memory", "http", "https"}
+
+_TRANSIENT_ERRNO = {
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTUNREACH,
+    errno.EINTR,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EPIPE,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+# The clients below fsspec raise their own classes; these parts of their names mean the network, not the request.
+_TRANSIENT_NAMES = ("Timeout", "Connect", "Disconnect", "Incomplete", "Payload", "SlowDown", "ServerError")
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One object. ``size`` in bytes; -1 marks a listed name that leads nowhere (a broken link).
+
+    ``version`` changes whenever the bytes may have changed: size and mtime locally, size and ETag (or time) elsewhere.
+    """
+
+    uri: str
+    size: int
+    version: str
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+def is_local(uri: str) -> bool:
+    """Whether ``uri`` names a file of this machine."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def local_path(uri: str) -> Path:
+    """The path behind a local ``uri``, not made absolute."""
+    return Path(uri.removeprefix("file://")).expanduser()
+
+
+def normalize(uri: str) -> str:
+    """One spelling per object: absolute with symlinks resolved for local paths; other URIs lose a trailing slash.
+
+    For comparing. A local path need not exist.
+    """
+    if is_local(uri):
+        with _errors(uri, "resolve"):
+            return os.path.realpath(local_path(uri))
+    scheme, _, path = uri.partition("://")
+    return f"{scheme.lower()}://{path.rstrip('/')}"
+
+
+def resolve(folder: str, reference: str) -> str:
+    """``reference`` itself if absolute or a URI, else ``reference`` seen from ``folder``; ``..`` is allowed.
+
+    Symlinks are kept, so that messages show the path as the user wrote it.
+    """
+    if not is_local(reference):
+        return reference
+    path = local_path(reference)
+    if path.is_absolute():
+        return os.path.normpath(path)
+    if is_local(folder):
+        return os.path.normpath(local_path(folder).absolute() / path)
+    scheme, _, base = folder.partition("://")
+    joined = posixpath.normpath(posixpath.join("/" + base, reference)).lstrip("/")
+    return f"{scheme}://{joined}"
+
+
+def join(base: str, *parts: str) -> str:
+    """``base`` extended by ``parts``, which may hold several components each but can only lead down.
+
+    Raises StoreError for an absolute part, a URI, an empty part, ``..`` or a NUL character.
+    """
+    components: list[str] = []
+    for part in parts:
+        pieces = part.split("/")
+        if not part or "://" in part or part.startswith("/") or ".." in pieces or "\0" in part:
+            raise StoreError(f"{base}: cannot be extended by {part!r}; use a relative path without '..'")
+        components += [piece for piece in pieces if piece not in ("", ".")]
+    if not components:
+        return base
+    return "/".join([base.rstrip("/"), *components])
+
+
+def parent(uri: str) -> str:
+    """The folder that holds ``uri``; ``.`` for a bare local name."""
+    if is_local(uri):
+        return str(local_path(uri).parent)
+    scheme, _, path = uri.partition("://")
+    return f"{scheme}://{path.rstrip('/').rpartition('/')[0]}"
+
+
+def name(uri: str) -> str:
+    """The last component of ``uri``."""
+    return uri.rstrip("/").rpartition("/")[2]
+
+
+def relative_to(uri: str, folder: str) -> str | None:
+    """The path of ``uri`` below ``folder`` with forward slashes, or None when it lies elsewhere.
+
+    Spellings count as equal when :func:`normalize` makes them so; the names returned are those of ``uri``.
+    """
+    for inner, outer in ((uri, folder), (normalize(uri), normalize(folder))):
+        if is_local(inner) != is_local(outer):
+            return None
+        if is_local(inner):
+            inner, outer = os.path.abspath(local_path(inner)), os.path.abspath(local_path(outer))  # noqa: PLW2901
+        prefix = outer.rstrip("/") + "/"
+        if inner.startswith(prefix) and len(inner) > len(prefix):
+            return inner[len(prefix) :]
+    return None
+
+
+def has_glob(uri: str) -> bool:
+    """Whether ``uri`` contains a wildcard (``*``, ``?`` or ``[``)."""
+    return glob.has_magic(uri)
+
+
+def glob_root(pattern: str) -> str:
+    """The folder in front of a pattern's first wildcard."""
+    fixed = pattern[: min((pattern.find(c) for c in "*?[" if c in pattern), default=len(pattern))]
+    if is_local(pattern):
+        return os.path.dirname(fixed) or "."
+    scheme, _, path = fixed.partition("://")
+    return f"{scheme}://{path.rpartition('/')[0]}"
+
+
+# --- looking -------------------------------------------------------------------------------------------------------
+
+
+def find(uri: str) -> ObjectInfo | None:
+    """What is at ``uri``; None when nothing is. Raises StoreError for a folder or when it cannot be looked up."""
+    with _errors(uri, "look up"):
+        if is_local(uri):
+            path = local_path(uri)
+            try:
+                stat = path.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            if path.is_dir():
+                raise StoreError(f"{uri}: is a folder, not a file")
+            return ObjectInfo(uri, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
+        fs, path_there = filesystem(uri)
+        try:
+            facts = fs.info(path_there)
+        except FileNotFoundError:
+            return None
+        if facts.get("type") == "directory":
+            raise StoreError(f"{uri}: is a folder, not a file")
+        return _remote_info(uri, facts)
+
+
+def info(uri: str) -> ObjectInfo:
+    """What is at ``uri``; raises StoreError when nothing is."""
+    found = find(uri)
+    if found is None:
+        raise StoreError(f"{uri}: does not exist")
+    return found
+
+
+def exists(uri: str) -> bool:
+    """Whether an object (not a folder) is at ``uri``."""
+    with _errors(uri, "look up"):
+        return _remote_type(uri) not in (None, "directory") if not is_local(uri) else local_path(uri).is_file()
+
+
+def is_folder(uri: str) -> bool:
+    """Whether ``uri`` is a folder, or a prefix with objects below it."""
+    with _errors(uri, "look up"):
+        return _remote_type(uri) == "directory" if not is_local(uri) else local_path(uri).is_dir()
+
+
+def list_tree(uri: str) -> Iterator[ObjectInfo]:
+    """Every object below the folder ``uri``, sorted by name; nothing when there is no such folder.
+
+    Linked files count, linked folders are not entered (they can form loops).
+    """
+    if is_local(uri):
+        root = local_path(uri)
+        if root.is_dir():
+            yield from _walk(uri.rstrip("/") or "/", root)
+        return
+    with _errors(uri, "list"):
+        fs, path = filesystem(uri)
+        try:
+            found = fs.find(path, detail=True)
+        except FileNotFoundError:
+            return
+    stripped = str(path).rstrip("/")
+    for there in sorted(found):
+        # An object store lists the prefix itself when someone made an empty "folder" object of that name.
+        if there.rstrip("/") != stripped and not there.endswith("/"):
+            yield _remote_info(uri.rstrip("/") + there[len(stripped) :], found[there])
+
+
+def expand_glob(pattern: str) -> list[ObjectInfo]:
+    """The objects that match ``pattern`` (``**`` spans folders), sorted by name; no folders, no hidden files."""
+    with _errors(pattern, "list"):
+        if is_local(pattern):
+            paths = sorted(glob.glob(str(local_path(pattern)), recursive=True))
+            return [_local_info(path, Path(path)) for path in paths if not Path(path).is_dir()]
+        fs, path_there = filesystem(pattern)
+        root = glob_root(pattern)
+        stripped = str(fs._strip_protocol(root)).rstrip("/")
+        found = fs.glob(path_there, detail=True)
+        return [
+            _remote_info(root.rstrip("/") + there[len(stripped) :], found[there])
+            for there in sorted(found)
+            if found[there].get("type") != "directory"
+        ]
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole object."""
+    with _errors(uri, "read"):
+        if is_local(uri):
+            return local_path(uri).read_bytes()
+        fs, path = filesystem(uri)
+        return bytes(fs.cat_file(path))
+
+
+def read_text(uri: str) -> str:
+    """The whole object as UTF-8; a byte-order mark is dropped. Raises StoreError for other encodings."""
+    data = read_bytes(uri)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{uri}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """A local file with the object's bytes: the file itself when local, else a download that is removed afterwards.
+
+    The path keeps the object's extension. Never write to it.
+    """
+    if is_local(uri):
+        with _errors(uri, "read"):
+            path = local_path(uri)
+            with path.open("rb"):  # missing or forbidden: say so here, with the URI, not deep in a decoder
+                pass
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="supir-batch-") as folder:
+        path = Path(folder) / f"object{Path(name(uri)).suffix}"
+        with _errors(uri, "download"):
+            fs, there = filesystem(uri)
+            fs.get_file(there, str(path))
+        yield path
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The fsspec file system and the path on it, for libraries that read through fsspec themselves (pyarrow)."""
+    with _errors(uri, "open"):
+        # A cached listing would hide what another run wrote since.
+        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        return fs, str(path)
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_atomic(uri: str, data: bytes | Path) -> None:
+    """Put bytes, or a local file's bytes, at ``uri``: afterwards the old object is there or the new one, never a part.
+
+    Local: a hidden temp beside the target, flushed to the disk, then renamed. Elsewhere: one put.
+    """
+    if not is_local(uri):
+        with _errors(uri, "write"):
+            fs, path = filesystem(uri)
+            if uri.partition("://")[0].lower() not in _FOLDERLESS:
+                fs.makedirs(posixpath.dirname(path), exist_ok=True)
+            if isinstance(data, Path):
+                fs.put_file(str(data), path)
+            else:
+                fs.pipe_file(path, data)
+        return
+    target = local_path(uri)
+    with _errors(uri, "write"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temp = target.with_name(_partial_name(target.name))
+        try:
+            with open(temp, "xb") as sink:
+                if isinstance(data, Path):
+                    with data.open("rb") as source:
+                        shutil.copyfileobj(source, sink, 1 << 20)
+                else:
+                    sink.write(data)
+                sink.flush()
+                os.fsync(sink.fileno())
+            os.replace(temp, target)
+        except BaseException:  # also an interrupt: no temp is left behind
+            with suppress(FileNotFoundError):
+                temp.unlink()
+            raise
+        _sync_folder(target.parent)
+
+
+def delete(uri: str) -> None:
+    """Remove the object; that it is already gone is no error."""
+    with _errors(uri, "delete"), suppress(FileNotFoundError):
+        if is_local(uri):
+            local_path(uri).unlink()
+        else:
+            fs, path = filesystem(uri)
+            fs.rm_file(path)
+
+
+def remove_partials(uri: str) -> int:
+    """Delete the temps that a killed writer left below the folder ``uri``; returns how many.
+
+    Call it only while nothing writes there. Remote stores have none: their puts are whole or absent.
+    """
+    if not is_local(uri):
+        return 0
+    stale = [found.uri for found in list_tree(uri) if is_partial(found.uri)]
+    for partial in stale:
+        delete(partial)
+    return len(stale)
+
+
+def is_partial(uri: str) -> bool:
+    """Whether ``uri`` is named like a temp of :func:`write_atomic`."""
+    last = name(uri)
+    return last.startswith(".") and last.endswith(PARTIAL_SUFFIX)
+
+
+# --- inside --------------------------------------------------------------------------------------------------------
+
+
+def _partial_name(target: str) -> str:
+    token = secrets.token_hex(4)
+    room = _MAX_NAME_BYTES - len(f"..{token}{PARTIAL_SUFFIX}")
+    kept = target.encode()[:room].decode(errors="ignore")
+    return f".{kept}.{token}{PARTIAL_SUFFIX}"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot; the rename stands
+            raise
+    finally:
+        os.close(handle)
+
+
+def _walk(uri: str, folder: Path) -> Iterator[ObjectInfo]:
+    with _errors(uri, "list"), os.scandir(folder) as entries:
+        # A folder sorts as "name/", so that the whole listing comes out in the order of the full names.
+        ordered = sorted((entry.name + "/" * entry.is_dir(follow_symlinks=False), entry) for entry in entries)
+    for _, entry in ordered:
+        child = f"{uri.rstrip('/')}/{entry.name}"
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(child, Path(entry.path))
+        elif not entry.is_dir():
+            with _errors(child, "look up"):
+                listed = _local_info(child, Path(entry.path))
+            yield listed
+
+
+def _local_info(uri: str, path: Path) -> ObjectInfo:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return ObjectInfo(uri, -1, "missing")
+    return ObjectInfo(uri, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
+
+
+def _remote_type(uri: str) -> str | None:
+    """``file``, ``directory`` or None. Not fsspec's isfile / isdir: those answer False when the network is down."""
+    fs, path = filesystem(uri)
+    try:
+        return str(fs.info(path)["type"])
+    except FileNotFoundError:
+        return None
+
+
+def _remote_info(uri: str, facts: Mapping[str, Any]) -> ObjectInfo:
+    size = int(facts.get("size") or 0)
+    for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "modified", "created"):
+        if facts.get(key):
+            return ObjectInfo(uri, size, f"{size}-{str(facts[key]).strip(chr(34))}")
+    return ObjectInfo(uri, size, str(size))
+
+
+@contextmanager
+def _errors(uri: str, action: str) -> Iterator[None]:
+    """Turn whatever the operating system or a storage client raises into our error, with the URI in front."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except FileNotFoundError as error:
+        raise StoreError(f"{uri}: does not exist") from error
+    except PermissionError as error:
+        raise StoreError(f"{uri}: access denied; cannot {action} it with these credentials") from error
+    except IsADirectoryError as error:
+        raise StoreError(f"{uri}: is a folder, not a file") from error
+    except ImportError as error:
+        raise StoreError(f"{uri}: this kind of storage needs another package: {error}") from error
+    except Exception as error:
+        message = f"{uri}: cannot {action} it: {_describe(error)}"
+        raise (TransientStoreError if _is_transient(uri, error) else StoreError)(message) from error
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def _is_transient(uri: str, error: Exception) -> bool:
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
+        return True
+    if is_local(uri):
+        return False
+    if isinstance(error, OSError) and error.errno in (None, errno.EIO):
+        return True  # what s3fs and gcsfs raise for a 5xx answer once their own retries are used up
+    return any(part in type(error).__name__ for part in _TRANSIENT_NAMES)
