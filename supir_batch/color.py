@@ -90,10 +90,10 @@ def from_srgb(pixels: FloatImage, icc: bytes | None, bands: int) -> FloatImage:
     One band is the luma of the three. Raises ImageError ``bad-profile``.
     """
     if bands == 1:
-        grey = luma(pixels)
+        grey: NDArray[np.float64] = luma(pixels)
         if icc is not None:
             levels, curve = _grey_curve(icc)
-            grey = np.interp(grey, curve, levels)
+            grey = np.asarray(np.interp(grey, curve, levels), dtype=np.float64)
         return np.clip(grey, 0.0, 1.0).astype(np.float32)[..., None]
     if icc is None:
         return pixels
@@ -176,8 +176,7 @@ def _fit_curve(lightness: NDArray[np.float64], chroma: NDArray[np.float64]) -> N
     bend = np.diff(np.eye(_NODES), n=2, axis=0)
     # a touch of the identity pulls nodes that no pixel supports toward no chroma, and keeps the system regular
     normal = hat.T @ hat / len(lightness) + _SMOOTHNESS * bend.T @ bend + 1e-6 * np.eye(_NODES)
-    solved: NDArray[np.float64] = np.linalg.solve(normal, hat.T @ chroma / len(lightness))
-    return solved
+    return np.asarray(np.linalg.solve(normal, hat.T @ chroma / len(lightness)), dtype=np.float64)
 
 
 def _along(curve: NDArray[np.float64], lightness: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -206,4 +205,5 @@ def _lab_to_srgb(lab: NDArray[np.float64]) -> NDArray[np.float32]:
     ratio = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29))
     linear = np.clip((ratio * _D65) @ np.linalg.inv(_RGB_TO_XYZ).T, 0.0, 1.0)
     encoded = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return np.clip(encoded, 0.0, 1.0).astype(np.float32)
+    rgb: NDArray[np.float32] = np.clip(encoded, 0.0, 1.0).astype(np.float32)
+    return rgb

@@ -68,7 +68,8 @@ def quantize(pixels: NDArray[np.float32], bit_depth: Literal[8, 16]) -> NDArray[
     top = 2**bit_depth - 1
     # float64: in float32 a 16-bit level plus 0.5 has no bits left to round correctly
     levels = np.rint(np.clip(pixels.astype(np.float64), 0.0, 1.0) * top)
-    return levels.astype(np.uint8 if bit_depth == 8 else np.uint16)
+    rounded: NDArray[np.unsignedinteger[Any]] = levels.astype(np.uint8 if bit_depth == 8 else np.uint16)
+    return rounded
 
 
 def encode(pixels: FloatImage, alpha: NDArray[np.float32], path: Path, spec: FileSpec) -> None:
@@ -109,7 +110,9 @@ def encode(pixels: FloatImage, alpha: NDArray[np.float32], path: Path, spec: Fil
             image.jpegsave(str(path), Q=95, subsample_mode="off", optimize_coding=True, keep=_KEEP_ICC)
     except pyvips.Error as error:
         raise ImageError("encode-failed", f"the {spec.format} cannot be written: {error}") from error
-    if spec.dpi is None:
+    if spec.format == "jpeg":
+        _add_jfif(path, spec.dpi)
+    elif spec.dpi is None:
         _unclaim_resolution(path, spec.format)
 
 
@@ -133,6 +136,15 @@ def check_file(path: Path, width: int, height: int, spec: FileSpec, bands: int, 
         raise ImageError("bad-output", "the written file does not hold the source's ICC profile byte for byte")
 
 
+def _add_jfif(path: Path, dpi: tuple[float, float] | None) -> None:
+    """Add the JFIF header with the resolution; libvips leaves it out whenever it is told to write no metadata."""
+    data = path.read_bytes()
+    unit, x, y = (1, *dpi) if dpi is not None else (0, 1.0, 1.0)
+    x_density, y_density = (min(65535, max(1, round(density))) for density in (x, y))
+    header = b"JFIF\x00" + struct.pack(">HBHHBB", 0x0102, unit, x_density, y_density, 0, 0)
+    path.write_bytes(data[:2] + b"\xff\xe0" + struct.pack(">H", len(header) + 2) + header + data[2:])
+
+
 def _unclaim_resolution(path: Path, file_format: OutputFormat) -> None:
     """Remove the physical resolution that libvips always writes; inventing one would change what prints measure."""
     if file_format == "tiff":
@@ -140,10 +152,6 @@ def _unclaim_resolution(path: Path, file_format: OutputFormat) -> None:
             tif.pages.first.tags["ResolutionUnit"].overwrite(1)  # 1: no absolute unit
         return
     data = path.read_bytes()
-    if file_format == "jpeg":
-        at = data.index(b"JFIF\x00") + 7  # identifier and version, then unit, x and y density
-        path.write_bytes(data[:at] + b"\x00\x00\x01\x00\x01" + data[at + 5 :])
-        return
     at = data.index(b"pHYs") - 4
     (length,) = struct.unpack_from(">I", data, at)
     path.write_bytes(data[:at] + data[at + 12 + length :])

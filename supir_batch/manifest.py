@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from supir_batch import store
 from supir_batch.errors import ManifestError, StoreError
-from supir_batch.settings import MAX_SEED, Manifest, Material
+from supir_batch.settings import MAX_SEED, Manifest, Material, plain_words
 from supir_batch.types import Failure, Source
 
 IMAGE_EXTENSIONS = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jpe", ".webp", ".jp2", ".heic", ".heif", ".avif"}
@@ -271,9 +271,7 @@ def _row_problems(error: ValidationError) -> Iterator[str]:
         if column == "sha256":
             yield f"sha256 must be 64 hexadecimal digits, saw {problem['input']!r}"
             continue
-        yield f"{column} {problem['msg'].replace('Input should be', 'must be').replace('valid ', '')}, " + (
-            f"saw {problem['input']!r}"
-        )
+        yield f"{column} {plain_words(problem['msg'])}, " + (f"saw {problem['input']!r}")
 
 
 def _from_row(row: _Row, list_uri: str, origin: str) -> Source:

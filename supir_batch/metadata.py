@@ -49,15 +49,19 @@ _NAMESPACES = {
 
 # tags that describe how the source's pixels are stored, or hold what travels by other ways
 _STRUCTURE = frozenset(
-    "NewSubfileType SubfileType ImageWidth ImageLength BitsPerSample Compression PhotometricInterpretation "
-    "Thresholding CellWidth CellLength FillOrder StripOffsets SamplesPerPixel RowsPerStrip StripByteCounts "
-    "MinSampleValue MaxSampleValue PlanarConfiguration T4Options T6Options TransferFunction Predictor WhitePoint "
-    "PrimaryChromaticities ColorMap HalftoneHints TileWidth TileLength TileOffsets TileByteCounts SubIFDs InkSet "
-    "NumberOfInks DotRange ExtraSamples SampleFormat SMinSampleValue SMaxSampleValue TransferRange JPEGTables "
-    "JPEGProc JPEGInterchangeFormat JPEGInterchangeFormatLength JPEGRestartInterval JPEGLosslessPredictors "
-    "JPEGPointTransforms JPEGQTables JPEGDCTables JPEGACTables YCbCrCoefficients YCbCrSubSampling YCbCrPositioning "
-    "ReferenceBlackWhite XMLPacket IPTCNAA ImageResources InterColorProfile XResolution YResolution "
-    "ResolutionUnit".split()
+    re.findall(
+        r"\w+",
+        """
+        NewSubfileType SubfileType ImageWidth ImageLength BitsPerSample Compression PhotometricInterpretation
+        Thresholding CellWidth CellLength FillOrder StripOffsets SamplesPerPixel RowsPerStrip StripByteCounts
+        MinSampleValue MaxSampleValue PlanarConfiguration T4Options T6Options TransferFunction Predictor WhitePoint
+        PrimaryChromaticities ColorMap HalftoneHints TileWidth TileLength TileOffsets TileByteCounts SubIFDs InkSet
+        NumberOfInks DotRange ExtraSamples SampleFormat SMinSampleValue SMaxSampleValue TransferRange JPEGTables
+        JPEGProc JPEGInterchangeFormat JPEGInterchangeFormatLength JPEGRestartInterval JPEGLosslessPredictors
+        JPEGPointTransforms JPEGQTables JPEGDCTables JPEGACTables YCbCrCoefficients YCbCrSubSampling YCbCrPositioning
+        ReferenceBlackWhite XMLPacket IPTCNAA ImageResources InterColorProfile XResolution YResolution ResolutionUnit
+        """,
+    )
 )
 _OTHER_IFDS = ("Exif.Thumbnail.", "Exif.SubImage", "Exif.Image2.", "Exif.Image3.")  # thumbnails and further pages
 
@@ -162,7 +166,7 @@ def write_metadata(path: Path, source: SourceMetadata, record: ProvenanceRecord)
         except RuntimeError as error:
             raise ImageError("metadata-failed", f"metadata cannot be written into the output: {error}") from error
         notes = (*notes, f"the camera's maker note was left out of the output ({first})")
-    return (*source.notes, *notes)
+    return notes
 
 
 def build_xmp(source: SourceMetadata, record: ProvenanceRecord) -> tuple[bytes, tuple[str, ...]]:
@@ -367,22 +371,18 @@ class _Xmp:
         self._own.appendChild(self._leaf(f"{prefix}:{name}", _NAMESPACES[prefix], value))
 
     def localized(self, prefix: str, name: str, value: str) -> None:
-        """Set the default language of a language alternative; other languages of the source stay."""
-        others = [
-            item.cloneNode(True)
-            for element in self._elements(_NAMESPACES[prefix], name)
-            for item in element.getElementsByTagNameNS(_RDF, "li")[1:]
-        ]
+        """Set the default (first) language of a language alternative; other languages of the source stay."""
+        for element in self._elements(_NAMESPACES[prefix], name):
+            items = element.getElementsByTagNameNS(_RDF, "li")
+            if items:
+                for node in list(items[0].childNodes):
+                    items[0].removeChild(node)
+                items[0].appendChild(self._document.createTextNode(_clean(value)))
+                return
         self.remove(prefix, name)
-        element = self._document.createElementNS(_NAMESPACES[prefix], f"{prefix}:{name}")
-        options = self._document.createElementNS(_RDF, "rdf:Alt")
         item = self._leaf("rdf:li", _RDF, value)
         item.setAttribute("xml:lang", "x-default")
-        options.appendChild(item)
-        for other in others:
-            options.appendChild(other)
-        element.appendChild(options)
-        self._own.appendChild(element)
+        self._array(_NAMESPACES[prefix], f"{prefix}:{name}", "rdf:Alt").appendChild(item)
 
     def struct(self, prefix: str, name: str, field_prefix: str, fields: dict[str, str]) -> None:
         """Set a structure of simple fields, in place of any of that name."""
@@ -394,21 +394,23 @@ class _Xmp:
     def append_event(self, fields: dict[str, str]) -> None:
         """Append to xmpMM:History, which keeps what the source had."""
         uri = _NAMESPACES["xmpMM"]
-        earlier = [
-            item.cloneNode(True)
-            for element in self._elements(uri, "History")
-            for item in element.getElementsByTagNameNS(_RDF, "li")
-        ]
-        self.remove("xmpMM", "History")
-        element = self._document.createElementNS(uri, "xmpMM:History")
-        events = self._document.createElementNS(_RDF, "rdf:Seq")
-        for event in earlier:
-            events.appendChild(event)
-        ours = self._document.createElementNS(_RDF, "rdf:li")
-        self._fill(ours, "stEvt", fields)
-        events.appendChild(ours)
-        element.appendChild(events)
+        # added where the source's events stand, as moving those could take them away from the prefixes they use
+        lists = [found for e in self._elements(uri, "History") for found in e.getElementsByTagNameNS(_RDF, "Seq")]
+        if not lists:
+            self.remove("xmpMM", "History")
+            lists = [self._array(uri, "xmpMM:History", "rdf:Seq")]
+        event = self._document.createElementNS(_RDF, "rdf:li")
+        event.setAttributeNS(_XMLNS, "xmlns:rdf", _RDF)
+        event.setAttributeNS(_XMLNS, "xmlns:stEvt", _NAMESPACES["stEvt"])
+        self._fill(event, "stEvt", fields)
+        lists[0].appendChild(event)
+
+    def _array(self, uri: str, qualified: str, kind: str) -> minidom.Element:
+        element = self._document.createElementNS(uri, qualified)
+        array = self._document.createElementNS(_RDF, kind)
+        element.appendChild(array)
         self._own.appendChild(element)
+        return array
 
     def _fill(self, element: minidom.Element, prefix: str, fields: dict[str, str]) -> None:
         element.setAttributeNS(_RDF, "rdf:parseType", "Resource")
@@ -417,9 +419,7 @@ class _Xmp:
 
     def _leaf(self, qualified: str, uri: str, value: str) -> minidom.Element:
         element = self._document.createElementNS(uri, qualified)
-        # characters that XML 1.0 cannot hold would make the whole packet unreadable
-        clean = re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", value)
-        element.appendChild(self._document.createTextNode(clean))
+        element.appendChild(self._document.createTextNode(_clean(value)))
         return element
 
     def _elements(self, uri: str, name: str) -> list[minidom.Element]:
@@ -430,6 +430,11 @@ class _Xmp:
             for node in description.childNodes
             if isinstance(node, minidom.Element) and node.namespaceURI == uri and node.localName == name
         ]
+
+
+def _clean(value: str) -> str:
+    """Without the characters that XML 1.0 cannot hold, which would make the whole packet unreadable."""
+    return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", value)
 
 
 def _text_of(element: minidom.Element) -> str:

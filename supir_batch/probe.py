@@ -137,7 +137,7 @@ def sniff(head: bytes) -> ImageFormat:
     )
 
 
-def open_vips(path: Path, image_format: ImageFormat) -> Any:  # noqa: ANN401 - pyvips has no types
+def open_vips(path: Path, image_format: ImageFormat) -> Any:
     """Open ``path`` (page 1) with the one loader of its format, lazily; any defect found while decoding is an error.
 
     ``fail_on="warning"`` because libvips answers some damage, and codecs it was built without, with zeros and a
@@ -154,7 +154,7 @@ def vips_message(error: pyvips.Error, path: Path) -> str:
     return "; ".join(list(told)[:3]) or str(error).strip()
 
 
-def _from_vips(image: Any, path: Path, image_format: ImageFormat) -> Header:  # noqa: ANN401
+def _from_vips(image: Any, path: Path, image_format: ImageFormat) -> Header:
     fields = set(image.get_fields())
     depths: dict[str, Literal[8, 16]] = {"uchar": 8, "ushort": 16}
     if image.format not in depths:

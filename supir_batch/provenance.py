@@ -152,7 +152,7 @@ def build_record(
         negative_prompt=settings.negative_prompt,
         caption=ticket.caption,
         caption_source=settings.prompt_source,
-        notice=settings.notice,
+        notice=settings.notice if is_generative(settings) else "",  # it speaks of invented detail
         settings=dataclasses.asdict(settings),
         settings_sha256=job.settings_sha256,
         document_id=f"xmp.did:{uuid.uuid5(_IDENTIFIERS, 'document:' + identity)}",

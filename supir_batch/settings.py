@@ -310,10 +310,13 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
+_TAG_ERRORS = (ValueError, TypeError, AttributeError)  # what PyYAML raises for a tag that does not fit: !!int x
+
+
 def _parse_yaml(text: str, uri: str) -> dict[str, Any]:
     try:
         data = yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, *_TAG_ERRORS) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{uri}:{mark.line + 1}" if mark else uri
         raise ManifestError(f"{place}: {getattr(error, 'problem', None) or 'is not valid YAML'}") from error
@@ -340,7 +343,7 @@ def _override(key: str, text: str, label: str) -> dict[str, Any]:
     if not _takes_only_text(parts):
         try:
             value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, *_TAG_ERRORS) as error:
             raise ManifestError(f"{label}: cannot read the value {text!r}") from error
     for part in reversed(parts):
         value = {part: value}
@@ -422,8 +425,14 @@ def _error_lines(error: ValidationError, origins: Mapping[str, str]) -> Iterable
         elif kind in ("model_type", "model_attributes_type"):
             yield f"{path}{source}: is a section; write 'key: value' lines below it, saw {_shown(problem['input'])}"
         else:
-            text = message.replace("Input should be", "must be").replace("valid ", "")
+            text = plain_words(message)
             yield f"{path}{source}: {text[:1].lower()}{text[1:]}, saw {_shown(problem['input'])}"
+
+
+def plain_words(message: str) -> str:
+    """A pydantic message in the words of ours: ``must be an integer`` for ``Input should be a valid integer``."""
+    message = message.replace("Input should be", "must be").replace("should have", "must have")
+    return message.replace("a valid integer", "an integer").replace("a valid ", "a ")
 
 
 def _joined(lines: Iterable[str]) -> list[str]:
@@ -501,7 +510,7 @@ def resolve(manifest: Manifest, source: Source, model_sha256: str, sidecar: str 
         restoration_tau=None if tau is None or tau == "off" else float(tau),
         churn=float(sampling["churn"]),
         noise=float(sampling["noise"]),
-        color_fix=str(sampling["color_fix"]),
+        color_fix=sampling["color_fix"],
         upscale=float(engine.upscale if source.upscale is None else source.upscale),
         min_size=_min_size(manifest) if generative else 0,
         window=window,

@@ -19,7 +19,7 @@ def output_size(width: int, height: int, upscale: float) -> tuple[int, int]:
 
 
 def work_size(output_width: int, output_height: int, min_size: int) -> tuple[int, int]:
-    """The size the engine works at: the output's, its shorter side enlarged to ``min_size`` pixels if below; 0: never."""
+    """The output size, enlarged so that its shorter side has at least ``min_size`` pixels (0: never enlarged)."""
     _require_positive(width=output_width, height=output_height)
     short = min(output_width, output_height)
     if short >= min_size:

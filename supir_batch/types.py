@@ -59,7 +59,7 @@ class Settings:
     restoration_tau: float | None
     churn: float
     noise: float
-    color_fix: str
+    color_fix: Literal["wavelet", "adain", "none"]
     upscale: float
     min_size: int
     window: int  # latent positions
@@ -98,7 +98,10 @@ class Job:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What the decoder learned about a source (header, hash, color), and what the writer needs to answer in kind."""
+    """What the decoder learned about a source (header, hash, color), and what the writer needs to answer in kind.
+
+    ``tone`` and ``tone_curve`` are color.Tone's; ``contrast`` is the standard deviation of the source's luma in [0, 1].
+    """
 
     sha256: str
     format: str  # loader's name: "tiff", "png", "jpeg", ...
@@ -115,6 +118,9 @@ class ImageFacts:
     work_width: int  # size the engine works at; differs from output only through min_size
     work_height: int
     notes: tuple[str, ...] = ()
+    tone: Literal["color", "neutral", "toned"] = "color"
+    tone_curve: tuple[tuple[float, float], ...] = ()
+    contrast: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,7 @@ class TileTicket:
     recovered: bool = False
     records: tuple[StageRecord, ...] = ()
     source_metadata: bytes = field(default=b"", repr=False)  # metadata.SourceMetadata, serialized
+    started_at: str = ""  # UTC, ISO 8601; when decoding began
 
     @property
     def has_work(self) -> bool:

@@ -57,18 +57,26 @@ class ControlConfig:
 
 
 @dataclass(frozen=True)
+class TowerConfig:
+    """One CLIP text transformer."""
+
+    width: int
+    layers: int
+    heads: int
+    projection: int = 0  # width of the pooled embedding after its projection; 0 = not projected
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """Text conditioning.
 
     ``hashed``: one small CLIP text tower over hashed words, no vocabulary file (tiny).
-    ``sdxl``: CLIP-L and OpenCLIP bigG with SDXL's size embeddings (section 9).
+    ``sdxl``: CLIP-L and OpenCLIP bigG, in this order, with SDXL's size embeddings (section 9).
     """
 
     kind: Literal["hashed", "sdxl"]
-    length: int
-    width: int
-    layers: int
-    heads: int
+    length: int  # tokens
+    towers: tuple[TowerConfig, ...]
     vocabulary: int
     size_embedding: int  # width of each of the six size embeddings; 0 = none
 
@@ -118,7 +126,9 @@ class ModelConfig:
 
 _SDXL_VAE = VAEConfig((128, 256, 512, 512), 2, 4, 32, mid_attention=True, scale=0.13025)
 _SDXL_UNET = UNetConfig(4, (320, 640, 1280), 2, (0, 2, 10), 64, context_dim=2048, vector_dim=2816)
-_SDXL_TEXT = TextConfig("sdxl", 77, 1280, 32, 20, 49408, size_embedding=256)
+_SDXL_TEXT = TextConfig(
+    "sdxl", 77, (TowerConfig(768, 12, 12), TowerConfig(1280, 32, 20, projection=1280)), 49408, size_embedding=256
+)
 _V0_FIDELITY = SamplingDefaults(50, 1.0, 4.0, 1.0, None, 5.0, 1.003, "wavelet")
 _V0_QUALITY = SamplingDefaults(50, 4.0, 7.5, 1.0, None, 5.0, 1.003, "wavelet")
 _V0_POSITIVE = (
@@ -161,7 +171,7 @@ TINY = ModelConfig(
     vae=VAEConfig((24, 48, 80), 1, 8, 8, mid_attention=False, scale=1.0, pixel_shortcut=True),
     unet=UNetConfig(8, (48, 96, 128), 1, (0, 0, 1), 32, context_dim=128, vector_dim=128, norm_groups=8),
     control=ControlConfig((0, 0, 1), hidden=32, norm_groups=8, attention_head_dim=32, attention_levels=(2,)),
-    text=TextConfig("hashed", 48, 128, 2, 4, 1024, size_embedding=0),
+    text=TextConfig("hashed", 48, (TowerConfig(128, 2, 4),), 1024, size_embedding=0),
     prediction="v",
     window=128,
     stride=96,

@@ -34,6 +34,14 @@ def legacy_sigmas(steps: int) -> Tensor:
     return torch.cat([sigma_table()[torch.from_numpy(timesteps)], torch.zeros(1)])
 
 
+def karras_sigmas(steps: int) -> Tensor:
+    """The range of ``legacy_sigmas`` spaced as in Karras et al. 2022 (rho 7), with a final 0 (section 7.3)."""
+    legacy = legacy_sigmas(steps).double()
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    largest, smallest = legacy[0] ** (1 / 7), legacy[-2] ** (1 / 7)
+    return torch.cat([((largest + ramp * (smallest - largest)) ** 7).float(), torch.zeros(1)])
+
+
 def nearest_timestep(sigma: Tensor) -> Tensor:
     """Index of the table's nearest noise level, [B] int64, for sigma [B]."""
     table = sigma_table().to(sigma.device)

@@ -16,7 +16,7 @@ from supir_model.denoiser import denoise, guide, linear_cfg
 from supir_model.errors import RequestError
 from supir_model.networks import Conditioning, Networks, build_on_meta
 from supir_model.noise import latent_noise
-from supir_model.sampler import EDMSettings, Window, sample_edm
+from supir_model.sampler import SamplerSettings, Window, sample, windows_of
 
 _POSTERIOR_DRAW = 0  # noise draws before the sampler's own
 _FIRST_SAMPLER_DRAW = 1
@@ -26,10 +26,11 @@ _FIRST_SAMPLER_DRAW = 1
 class Sampling:
     """How to restore; defaults per model and preset are in ``config.ModelConfig.presets``.
 
-    cfg_start: guidance scale at the largest sigma, cfg_end at 0, linear between.
+    edm: settings of the sampler; their type says which one. cfg_start: guidance scale at the largest sigma, cfg_end
+    at 0, linear between.
     """
 
-    edm: EDMSettings
+    edm: SamplerSettings
     cfg_start: float
     cfg_end: float
     color_fix: ColorFix
@@ -41,6 +42,7 @@ class Request:
 
     image: [3, H, W] float32 RGB in [-1, 1], any size. prompt: complete, with its suffix. seed: [0, 2^63).
     top, left: where the tile's first pixel lies in the whole image; multiples of the VAE's factor.
+    window_prompts: instead of ``prompt``, one complete prompt per window of the latent, rows outer; empty = none.
     """
 
     image: Tensor
@@ -49,6 +51,7 @@ class Request:
     seed: int
     top: int = 0
     left: int = 0
+    window_prompts: tuple[str, ...] = ()
 
 
 class SupirModel:
@@ -66,7 +69,8 @@ class SupirModel:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         networks = build_on_meta(config)
         weights.load_into(networks, path, torch.float32, target)
-        return cls(networks.to(memory_format=torch.channels_last), config, target)
+        networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return cls(networks, config, target)
 
     @torch.inference_mode()
     def first_stage(self, image: Tensor) -> Tensor:
@@ -96,13 +100,21 @@ class SupirModel:
             stage1.append(decoded)
             control.append(z_lq[0])
             center.append(vae.encode(decoded, posterior[None])[0])
-            prompts.append(self.networks.text([request.negative_prompt, request.prompt]))
+            self._check_window_prompts(request, z_lq.shape[-2:], sampling.edm)
+            positive = request.window_prompts or (request.prompt,)
+            prompts.append(self.networks.text([request.negative_prompt, *positive]))
 
         def guided(x: Tensor, sigma: Tensor, control_scale: Tensor, windows: Sequence[Window]) -> Tensor:
-            contexts, vectors = zip(*(prompts[w.item] for w in windows), strict=True)
+            # row 0 is the negative prompt; then one prompt for all windows, or one for each
+            rows = [[0, 1 + w.index if requests[w.item].window_prompts else 1] for w in windows]
+            contexts = [prompts[w.item][0][row] for w, row in zip(windows, rows, strict=True)]
+            vectors = [prompts[w.item][1][row] for w, row in zip(windows, rows, strict=True)]
             crops = torch.stack([w.crop(control[w.item]) for w in windows])
             conditioning = Conditioning(
-                torch.stack(contexts, dim=1).flatten(0, 1), torch.stack(vectors, dim=1).flatten(0, 1), crops.repeat(2, 1, 1, 1)
+                # [2, L, C] per window to [unconditional windows; conditional windows]
+                context=torch.stack(contexts, dim=1).flatten(0, 1),
+                vector=torch.stack(vectors, dim=1).flatten(0, 1),
+                control_latent=crops.repeat(2, 1, 1, 1),
             )
 
             def network(x_in: Tensor, timestep: Tensor, scale: Tensor) -> Tensor:
@@ -119,12 +131,18 @@ class SupirModel:
         def noise(item: int, draw: int) -> Tensor:
             return self._noise(requests[item], _FIRST_SAMPLER_DRAW + draw, center[item].shape[-2:])
 
-        latents = sample_edm(guided, center, noise, sampling.edm)
+        latents = sample(guided, center, noise, sampling.edm)
         restored = []
         for request, latent, style in zip(requests, latents, stage1, strict=True):
             image = fix_color(vae.decode(latent[None]), style, sampling.color_fix)
             restored.append(image[0, :, : request.image.shape[1], : request.image.shape[2]].clamp(-1, 1).cpu())
         return restored
+
+    def _check_window_prompts(self, request: Request, size: torch.Size, settings: SamplerSettings) -> None:
+        wanted = len(windows_of(0, size[0], size[1], settings.window, settings.stride))
+        found = len(request.window_prompts)
+        if found not in (0, wanted):
+            raise RequestError(f"{found} window prompts for a latent of {wanted} windows; give {wanted}, or none")
 
     def _noise(self, request: Request, draw: int, size: torch.Size) -> Tensor:
         factor = self.config.vae.factor

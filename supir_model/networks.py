@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from supir_model.config import ModelConfig
 from supir_model.control import ControlEncoder
-from supir_model.text import HashedTextEncoder
+from supir_model.text import build_text_encoder
 from supir_model.unet import ControlledUNet
 from supir_model.vae import RobustVAE
 
@@ -33,7 +33,7 @@ class Networks(nn.Module):
         super().__init__()
         self.config = config
         self.vae = RobustVAE(config.vae)
-        self.text = HashedTextEncoder(config.text)
+        self.text = build_text_encoder(config.text)
         self.control = ControlEncoder(config.unet, config.control)
         self.unet = ControlledUNet(config.unet, config.control)
 
@@ -52,7 +52,5 @@ def build_on_meta(config: ModelConfig) -> Networks:
     """The networks without memory behind them, for ``load_state_dict(assign=True)``."""
     with torch.device("meta"):
         networks = Networks(config)
-    # token positions are no part of a state dict, so nothing would ever fill them
-    embeddings = networks.text.tower.embeddings
-    embeddings.position_ids = torch.arange(config.text.length)[None]
+    networks.text.fill_positions()
     return networks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _BLOCK = 64  # latent positions along one side of a block with a generator of its own
@@ -27,7 +28,7 @@ def latent_noise(seed: int, draw: int, channels: int, top: int, left: int, heigh
     return torch.from_numpy(np.ascontiguousarray(canvas[:, y : y + height, x : x + width]))
 
 
-def _block(seed: int, draw: int, channels: int, row: int, column: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def _block(seed: int, draw: int, channels: int, row: int, column: int) -> NDArray[np.float32]:
     # the counter's high words name the block; its low word counts the numbers inside it
     bits = np.random.Philox(key=[seed, draw], counter=[0, 0, row, column])
     return np.random.Generator(bits).standard_normal((channels, _BLOCK, _BLOCK), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Restoration-guided sampling over latent windows (SUPIR, Algorithm 1; specification sections 7.1 and 7.2).
+"""Restoration-guided sampling over latent windows (SUPIR, Algorithm 1; specification section 7).
 
 Latents are lists of [C, h, w] float32 tensors, one per image and of any size. Every step cuts all of them into windows
 of one shape, advances the windows, and blends them back, so that no seam can outlive a step. A latent that fits into a
@@ -7,28 +7,31 @@ window is its own single window.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from supir_model.denoiser import SIGMA_MAX, legacy_sigmas
+from supir_model.denoiser import SIGMA_MAX, karras_sigmas, legacy_sigmas
+from supir_model.errors import RequestError
 
 RESTORATION_MIN_SIGMA = 0.05  # gate of the restoration guidance, on the next sigma
 
 
 @dataclass(frozen=True)
 class Window:
-    """A rectangle of latent positions of image ``item``."""
+    """A rectangle of latent positions of image ``item``, the ``index``-th of its windows (rows outer)."""
 
     item: int
     top: int
     left: int
     height: int
     width: int
+    index: int = 0
 
     def crop(self, latent: Tensor) -> Tensor:
         """The window's part of a [C, h, w] tensor, a view."""
@@ -61,6 +64,28 @@ class EDMSettings:
     stride: int = 64
 
 
+@dataclass(frozen=True)
+class DPMPP2MSettings:
+    """Settings of the DPM++ 2M SDE sampler (section 7.3), for few-step (Lightning) weights.
+
+    eta: share of the noise that is drawn anew, 0 = deterministic. noise: s_noise, the factor on it. The rest as in
+    ``EDMSettings``; the release ignores ``restoration_tau`` and ``control_scale_start`` here, so None is what it does.
+    """
+
+    steps: int
+    eta: float = 1.0
+    noise: float = 1.003
+    restoration_tau: float | None = None
+    control_scale: float = 1.0
+    control_scale_start: float | None = None
+    window: int = 128
+    stride: int = 64
+
+
+SamplerSettings = EDMSettings | DPMPP2MSettings
+"""The settings' type says which sampler runs."""
+
+
 def window_starts(size: int, window: int, stride: int) -> list[int]:
     """First positions of windows along one axis: multiples of stride, then one flush with the end (section 7.2)."""
     if size <= window:
@@ -73,10 +98,10 @@ def window_starts(size: int, window: int, stride: int) -> list[int]:
 
 def windows_of(item: int, height: int, width: int, window: int, stride: int) -> list[Window]:
     """All windows of one latent, rows outer, columns inner."""
+    corners = itertools.product(window_starts(height, window, stride), window_starts(width, window, stride))
     return [
-        Window(item, top, left, min(window, height), min(window, width))
-        for top in window_starts(height, window, stride)
-        for left in window_starts(width, window, stride)
+        Window(item, top, left, min(window, height), min(window, width), index)
+        for index, (top, left) in enumerate(corners)
     ]
 
 
@@ -111,59 +136,163 @@ def edm_step(
     if gamma > 0:
         x = x + settings.noise * eps * torch.sqrt(sigma_hat**2 - sigma**2)
 
-    control_scale = torch.as_tensor(settings.control_scale, dtype=torch.float32)
-    if settings.control_scale_start is not None:
-        # sigma here, sigma_hat in the denoiser: the release mixes them and results depend on it
-        control_scale = sigma / SIGMA_MAX * (settings.control_scale_start - control_scale) + control_scale
-    denoised = guided(x, sigma_hat.expand(count), control_scale.to(x.device).expand(count))
-
-    if settings.restoration_tau is not None and next_sigma > RESTORATION_MIN_SIGMA:
-        denoised = denoised - (sigma / SIGMA_MAX) ** settings.restoration_tau * (denoised - x_center)
+    # sigma in the schedules, sigma_hat in the denoiser: the release mixes them and results depend on it
+    denoised = guided(x, sigma_hat.expand(count), control_scale_at(sigma, settings).to(x.device).expand(count))
+    denoised = pull_to_center(denoised, x_center, sigma, next_sigma, settings.restoration_tau)
     return x + (next_sigma - sigma_hat) * (x - denoised) / sigma_hat
 
 
-def sample_edm(
+def dpmpp2m_step(
+    guided: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    previous: Tensor | None,
+    x_center: Tensor,
+    eps: Tensor,
+    last_sigma: Tensor,
+    sigma: Tensor,
+    next_sigma: Tensor,
+    settings: DPMPP2MSettings,
+) -> tuple[Tensor, Tensor]:
+    """One DPM++ 2M SDE step (Lu et al. 2022; section 7.3). Returns the next x and this step's denoised.
+
+    x, x_center, eps: [N, C, h, w]; previous: denoised of the step before, at ``last_sigma``, None on the first step,
+    which adds no noise although its coefficients are the SDE's (as released). Sigmas: float32 scalars.
+    """
+    count = x.shape[0]
+    denoised = guided(x, sigma.expand(count), control_scale_at(sigma, settings).to(x.device).expand(count))
+    denoised = pull_to_center(denoised, x_center, sigma, next_sigma, settings.restoration_tau)
+    if next_sigma == 0:
+        return denoised, denoised  # the limit of the formulas below, which would be 0 * inf at eta 0
+    h = torch.log(sigma / next_sigma)
+    scale, push = next_sigma / sigma * torch.exp(-settings.eta * h), torch.expm1(-(1 + settings.eta) * h)
+    if previous is None:
+        return scale * x - push * denoised, denoised
+    r = torch.log(last_sigma / sigma) / h
+    extrapolated = (1 + 1 / (2 * r)) * denoised - previous / (2 * r)
+    spread = settings.noise * next_sigma * torch.sqrt(-torch.expm1(-2 * settings.eta * h))
+    return scale * x - push * extrapolated + spread * eps, denoised
+
+
+def control_scale_at(sigma: Tensor, settings: SamplerSettings) -> Tensor:
+    """Control scale at a noise level: constant, or linear in sigma from ``control_scale_start``."""
+    control_scale = torch.as_tensor(settings.control_scale, dtype=torch.float32)
+    if settings.control_scale_start is None:
+        return control_scale
+    return sigma / SIGMA_MAX * (settings.control_scale_start - control_scale) + control_scale
+
+
+def pull_to_center(
+    denoised: Tensor, x_center: Tensor, sigma: Tensor, next_sigma: Tensor, tau: float | None
+) -> Tensor:
+    """Restoration guidance (SUPIR, Algorithm 1): strong at large sigma, off (tau None) or below the gate."""
+    if tau is None or next_sigma <= RESTORATION_MIN_SIGMA:
+        return denoised
+    return denoised - (sigma / SIGMA_MAX) ** tau * (denoised - x_center)
+
+
+def sample(
     guided: Guided,
     x_center: Sequence[Tensor],
     noise: Noise,
-    settings: EDMSettings,
+    settings: SamplerSettings,
     window_batch: int = 1,
 ) -> list[Tensor]:
     """Sample one latent per ``x_center`` [C, h, w]. Returns float32 latents of the same sizes.
 
     window_batch: how many windows the networks see at once; it changes speed, not results (to rounding).
     """
-    sigmas = legacy_sigmas(settings.steps).to(x_center[0].device)
+    *_, latents = trajectory(guided, x_center, noise, settings, window_batch)
+    return latents
+
+
+def trajectory(
+    guided: Guided,
+    x_center: Sequence[Tensor],
+    noise: Noise,
+    settings: SamplerSettings,
+    window_batch: int = 1,
+) -> Iterator[list[Tensor]]:
+    """The latents after every step of ``sample``."""
+    if settings.steps < 1:
+        raise RequestError(f"a sampler needs at least 1 step, got {settings.steps}")
+    schedule = legacy_sigmas if isinstance(settings, EDMSettings) else karras_sigmas
+    sigmas = schedule(settings.steps).to(x_center[0].device)
     windows = [
-        w for i, c in enumerate(x_center) for w in windows_of(i, c.shape[1], c.shape[2], settings.window, settings.stride)
+        window
+        for i, center in enumerate(x_center)
+        for window in windows_of(i, center.shape[1], center.shape[2], settings.window, settings.stride)
     ]
     batches = _batches(windows, window_batch)
-    latents = [noise(i, 0).to(c) * torch.sqrt(1 + sigmas[0] ** 2) for i, c in enumerate(x_center)]
+    # what one step hands to the next, latents first; all of it is blended
+    state = [[noise(i, 0).to(c) * torch.sqrt(1 + sigmas[0] ** 2) for i, c in enumerate(x_center)]]
     for step in range(settings.steps):
-        sigma, next_sigma = sigmas[step], sigmas[step + 1]
-        eps = [noise(i, step + 1).to(c) if settings.churn > 0 else torch.zeros_like(c) for i, c in enumerate(x_center)]
-        blended = [torch.zeros_like(latent) for latent in latents]
-        total = [torch.zeros_like(latent[0]) for latent in latents]
+        draw = _draws_noise(settings, step)
+        eps = [noise(i, step + 1).to(c) if draw else torch.zeros_like(c) for i, c in enumerate(x_center)]
+        blends: list[_Blend] = []
         for batch in batches:
 
             def guided_batch(x: Tensor, s: Tensor, scale: Tensor, batch: Sequence[Window] = batch) -> Tensor:
                 return guided(x, s, scale, batch)
 
-            advanced = edm_step(
+            advanced = _advance(
                 guided_batch,
-                torch.stack([w.crop(latents[w.item]) for w in batch]),
-                torch.stack([w.crop(x_center[w.item]) for w in batch]),
-                torch.stack([w.crop(eps[w.item]) for w in batch]),
-                sigma,
-                next_sigma,
+                [_crop(part, batch) for part in state],
+                _crop(x_center, batch),
+                _crop(eps, batch),
+                sigmas,
+                step,
                 settings,
             )
-            weight = window_weights(batch[0].height, batch[0].width).to(advanced)
-            for window, result in zip(batch, advanced, strict=True):
-                window.crop(blended[window.item]).add_(weight * result)
-                window.crop(total[window.item][None])[0].add_(weight)
-        latents = [b / t for b, t in zip(blended, total, strict=True)]
-    return latents
+            blends = blends or [_Blend(state[0]) for _ in advanced]
+            for blend, part in zip(blends, advanced, strict=True):
+                blend.add(part, batch)
+        state = [blend.result() for blend in blends]
+        yield state[0]
+
+
+def _advance(
+    guided: Callable[[Tensor, Tensor, Tensor], Tensor],
+    state: Sequence[Tensor],
+    x_center: Tensor,
+    eps: Tensor,
+    sigmas: Tensor,
+    step: int,
+    settings: SamplerSettings,
+) -> tuple[Tensor, ...]:
+    """One step of the sampler that the settings name; state: x, then what that sampler remembers, [N, C, h, w] each."""
+    sigma, next_sigma = sigmas[step], sigmas[step + 1]
+    if isinstance(settings, EDMSettings):
+        return (edm_step(guided, state[0], x_center, eps, sigma, next_sigma, settings),)
+    previous = state[1] if step > 0 else None
+    last_sigma = sigmas[max(step - 1, 0)]
+    return dpmpp2m_step(guided, state[0], previous, x_center, eps, last_sigma, sigma, next_sigma, settings)
+
+
+def _draws_noise(settings: SamplerSettings, step: int) -> bool:
+    if isinstance(settings, EDMSettings):
+        return settings.churn > 0
+    return settings.eta > 0 and 0 < step < settings.steps - 1
+
+
+def _crop(latents: Sequence[Tensor], batch: Sequence[Window]) -> Tensor:
+    return torch.stack([window.crop(latents[window.item]) for window in batch])
+
+
+class _Blend:
+    """Weighted mean of windows, per image."""
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self._sum = [torch.zeros_like(latent) for latent in like]
+        self._weight = [torch.zeros_like(latent[:1]) for latent in like]
+
+    def add(self, values: Tensor, batch: Sequence[Window]) -> None:
+        weight = window_weights(batch[0].height, batch[0].width).to(values)
+        for window, value in zip(batch, values, strict=True):
+            window.crop(self._sum[window.item]).add_(weight * value)
+            window.crop(self._weight[window.item]).add_(weight)
+
+    def result(self) -> list[Tensor]:
+        return [total / weight for total, weight in zip(self._sum, self._weight, strict=True)]
 
 
 def _batches(windows: Sequence[Window], size: int) -> list[list[Window]]:

@@ -23,7 +23,7 @@ class ShortcutEncoder(nn.Module):
     A small autoencoder starts from the linear (PCA) solution instead of from noise; only the tiny model has it.
     """
 
-    def __init__(self, encoder: Encoder, factor: int, latent_channels: int) -> None:
+    def __init__(self, encoder: nn.Module, factor: int, latent_channels: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.shortcut = nn.Conv2d(3 * factor**2, 2 * latent_channels, 1)
@@ -61,9 +61,9 @@ class RobustVAE(nn.Module):
             nn.Conv2d(config.latent_channels, 3 * config.factor**2, 1) if config.pixel_shortcut else None
         )
 
-    def _new_encoder(self) -> Encoder:
+    def _new_encoder(self) -> nn.Module:
         config = self.config
-        return Encoder(
+        encoder: nn.Module = Encoder(
             out_channels=config.latent_channels,
             down_block_types=("DownEncoderBlock2D",) * len(config.channels),
             block_out_channels=config.channels,
@@ -71,8 +71,9 @@ class RobustVAE(nn.Module):
             norm_num_groups=config.norm_groups,
             mid_block_add_attention=config.mid_attention,
         )
+        return encoder
 
-    def _with_shortcut(self, encoder: Encoder) -> nn.Module:
+    def _with_shortcut(self, encoder: nn.Module) -> nn.Module:
         if not self.config.pixel_shortcut:
             return encoder
         return ShortcutEncoder(encoder, self.config.factor, self.config.latent_channels)
@@ -92,7 +93,7 @@ class RobustVAE(nn.Module):
     def encode_robust(self, image: Tensor) -> Tensor:
         """Scaled latent (mode) the robust encoder sees behind a degraded image [B, 3, H, W] in [-1, 1]."""
         mean, _ = self.autoencoder.quant_conv(self.robust_encoder(image)).chunk(2, dim=1)
-        return self.config.scale * mean
+        return torch.mul(mean, self.config.scale)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Scaled latent [B, C, h, w] to image [B, 3, H, W], about [-1, 1], not clipped."""

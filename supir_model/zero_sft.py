@@ -57,15 +57,16 @@ class ZeroCrossAttn(nn.Module):
 
     def forward(self, control: Tensor, features: Tensor, control_scale: Tensor) -> Tensor:
         """features [B, query, h, w] + control_scale [B, 1, 1, 1] * attention over control [B, control, h, w]."""
-        height = features.shape[-2]
         query = self.norm_query(features).flatten(2).transpose(1, 2)  # [B, h*w, C]
         context = self.norm_control(control).flatten(2).transpose(1, 2)
 
         def heads(tokens: Tensor) -> Tensor:
-            return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, h*w, head_dim]
+            batch, length, _ = tokens.shape
+            return tokens.view(batch, length, self.heads, -1).transpose(1, 2)  # [B, heads, h*w, head_dim]
 
         attended = F.scaled_dot_product_attention(
             heads(self.to_q(query)), heads(self.to_k(context)), heads(self.to_v(context))
         )
-        out = self.to_out(attended.transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(2, (height, -1))
-        return features + control_scale.to(out.dtype) * out
+        tokens = self.to_out(attended.transpose(1, 2).flatten(2))  # [B, h*w, C]
+        out = tokens.transpose(1, 2).reshape(features.shape)
+        return torch.add(features, control_scale.to(out.dtype) * out)

@@ -74,7 +74,7 @@ def main() -> None:
             print(json.dumps({degradation: evaluate(model, images, degradation, sampling, arguments.pictures)}))
         return
 
-    networks.to(arguments.device, memory_format=torch.channels_last)
+    networks.to(arguments.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     crops = PhotographCrops(load_images(arguments.data), arguments.device)
     if arguments.stage == "vae":
         start_from_pca(networks.vae, crops.batch(torch.Generator().manual_seed(arguments.seed), 64, arguments.crop))

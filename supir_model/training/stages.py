@@ -50,8 +50,7 @@ def _gradient_l1(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _spectrum_l1(a: Tensor, b: Tensor) -> Tensor:
-    difference = torch.fft.rfft2(a - b, norm="ortho")
-    return difference.abs().mean()
+    return torch.fft.rfft2(a - b, norm="ortho").abs().mean()  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -68,8 +67,8 @@ def start_from_pca(vae: RobustVAE, clean: Tensor) -> None:
     mean = blocks.mean(dim=1)
     components = torch.linalg.eigh(torch.cov(blocks)).eigenvectors.flip(1)[:, :channels]  # [3 f^2, C]
     for conv in (encoder.shortcut, decoder, encoder.encoder.conv_out, vae.autoencoder.decoder.conv_out):
-        nn.init.zeros_(conv.weight)
-        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        for parameter in conv.parameters():  # type: ignore[union-attr]
+            nn.init.zeros_(parameter)
     encoder.shortcut.weight[:channels] = components.T[:, :, None, None]
     encoder.shortcut.bias[:channels] = -components.T @ mean  # type: ignore[index]
     encoder.shortcut.bias[channels:] = -8.0  # type: ignore[index]

@@ -1,0 +1,339 @@
+"""The command line. stdout is data, stderr is talk; every error is one line (a traceback with --debug).
+
+Commands import what they need when they run: ``supir-batch --help`` must not wait for Arrow, Ray or torch.
+"""
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from supir_batch import __version__
+from supir_batch.errors import ManifestError, SupirBatchError
+from supir_model.errors import SupirModelError
+
+if TYPE_CHECKING:
+    from supir_batch.driver import Summary
+    from supir_batch.plan import Plan
+    from supir_batch.settings import Manifest
+
+_SHOWN = 20  # entries of a list for people; --json has them all
+
+_EPILOG = (
+    "Exit codes: 0 all done; 1 internal error; 2 usage or manifest; 3 finished, but some images failed; "
+    "4 stopped early, the same command resumes; 130 / 143 stopped by a signal, the same command resumes."
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog=_EPILOG,
+    help="Restore archives of images with SUPIR: manifest in; restored derivatives, provenance and a run log out.",
+)
+
+ManifestArgument = Annotated[str, typer.Argument(metavar="MANIFEST", help="YAML file: a path or a URI.")]
+OutputArgument = Annotated[str, typer.Argument(metavar="OUTPUT", help="Output folder of earlier runs, or a manifest.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, such as engine.steps=20. Repeatable."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def main() -> None:
+    """Entry point of the ``supir-batch`` command."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"supir-batch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# --- commands ------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=_EPILOG)
+def run(
+    manifest: ManifestArgument,
+    overrides: SetOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Restore at most this many images.")] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Restore what the manifest names and is not done yet."""
+    with _errors(debug):
+        from supir_batch.driver import execute
+
+        loaded, plan = _plan(manifest, overrides)
+        typer.echo(
+            f"{len(plan.todo)} to do, {len(plan.done)} done before, {len(plan.refused)} refused"
+            f"{_ignored(plan.ignored)}; output {plan.output_uri}",
+            err=True,
+        )
+        for reason, count in list(plan.changed.items())[:_SHOWN]:
+            typer.echo(f"{count} again, {reason}", err=True)
+        summary = execute(loaded, manifest, plan, limit)
+        if summary.error is not None:
+            _complain(summary.error, debug)
+        again = ["supir-batch", "run", manifest]
+        again += [word for override in overrides or [] for word in ("--set", override)]
+        again += ["--limit", str(limit)] if limit else []
+        if as_json:
+            typer.echo(json.dumps(_summary_data(summary)))
+        else:
+            typer.echo(_summary_text(summary, shlex.join(again)))
+        raise typer.Exit(summary.exit_code)
+
+
+@app.command("plan")
+def show_plan(
+    manifest: ManifestArgument, overrides: SetOption = None, as_json: JsonOption = False, debug: DebugOption = False
+) -> None:
+    """Show what a run would do, what is done, and what is refused and why. Writes nothing."""
+    with _errors(debug):
+        _, plan = _plan(manifest, overrides)
+        typer.echo(json.dumps(_plan_data(plan)) if as_json else _plan_text(plan))
+
+
+@app.command()
+def status(output: OutputArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Show what the run log of an output says: its runs, and how each image ended last."""
+    with _errors(debug):
+        data = _status_data(_output_uri(output))
+        typer.echo(json.dumps(data) if as_json else _status_text(data))
+
+
+@app.command("show-config")
+def show_config(
+    manifest: ManifestArgument, overrides: SetOption = None, as_json: JsonOption = False, debug: DebugOption = False
+) -> None:
+    """Show every setting with the value that will be used and where it comes from."""
+    with _errors(debug):
+        from supir_batch.settings import explain
+
+        explained = explain(_load(manifest, overrides))
+        if as_json:
+            typer.echo(json.dumps([entry._asdict() for entry in explained]))
+            return
+        for key, value, origin in explained:
+            typer.echo(f"{key} = {json.dumps(value, ensure_ascii=False)}  # {origin}")
+
+
+@app.command()
+def report(output: OutputArgument, debug: DebugOption = False) -> None:
+    """Build the before / after report of an output and print where it is."""
+    with _errors(debug):
+        from supir_batch.report.build import build_report
+
+        typer.echo(build_report(_output_uri(output)))
+
+
+# --- shared steps --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except (typer.Exit, BrokenPipeError):  # a closed pipe (``| head``) is typer's to end quietly
+        raise
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except Exception as error:
+        _complain(error, debug)
+        if not isinstance(error, SupirBatchError | SupirModelError):
+            raise typer.Exit(1) from None
+        raise typer.Exit(4 if getattr(error, "retryable", False) else 2) from None
+
+
+def _complain(error: Exception, debug: bool) -> None:
+    """Each line of an expected error; the last line of an unexpected one (Ray puts the cause there)."""
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    lines = str(error).strip().splitlines() or ["no message"]
+    if isinstance(error, SupirBatchError | SupirModelError):
+        for line in lines:
+            typer.echo(f"error: {line}", err=True)
+    else:
+        typer.echo(f"error: unexpected {type(error).__name__}: {lines[-1]}; --debug shows the traceback", err=True)
+
+
+def _load(manifest_uri: str, overrides: list[str] | None) -> Manifest:
+    from supir_batch.settings import load_manifest
+
+    pairs: dict[str, str] = {}
+    for override in overrides or []:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ManifestError(f"--set {override}: has no '='; write a key and a value, such as engine.steps=20")
+        pairs[key.strip()] = value
+    return load_manifest(manifest_uri, pairs)
+
+
+def _plan(manifest_uri: str, overrides: list[str] | None) -> tuple[Manifest, Plan]:
+    loaded = _load(manifest_uri, overrides)
+    from supir_batch.plan import make_plan
+
+    model_sha256 = ""
+    if loaded.engine.name == "supir":
+        from supir_batch import engine
+
+        model_sha256 = engine.model_sha256(loaded.engine.weights)
+    return loaded, make_plan(loaded, manifest_uri, model_sha256)
+
+
+def _output_uri(output: str) -> str:
+    """``output`` itself, or where the manifest of that name writes to."""
+    if output.lower().endswith((".yaml", ".yml")):
+        return _load(output, None).output.uri
+    return output
+
+
+# --- texts and data ------------------------------------------------------------------------------------------------
+
+
+def _summary_data(summary: Summary) -> dict[str, Any]:
+    return {
+        "output": summary.output_uri,
+        "log": summary.log_uri or None,
+        "done": summary.done,
+        "recovered": summary.recovered,
+        "failed": dict(summary.failed),
+        "skipped": summary.skipped,
+        "left": summary.left,
+        "seconds": round(summary.seconds, 3),
+        "stopped_by_signal": summary.stopped_by,
+        "error": str(summary.error) if summary.error else None,
+        "exit_code": summary.exit_code,
+    }
+
+
+def _summary_text(summary: Summary, again: str) -> str:
+    from supir_batch.progress import duration
+
+    recovered = f" ({summary.recovered} of them committed by an earlier run)" if summary.recovered else ""
+    lines = [f"done     {summary.done}{recovered}"]
+    if summary.failed:
+        lines.append(f"failed   {sum(summary.failed.values())} ({_counts(summary.failed)})")
+    lines.append(f"skipped  {summary.skipped} done before")
+    if summary.left:
+        lines.append(f"left     {summary.left}")
+    lines += [f"time     {duration(summary.seconds)}", f"outputs  {summary.output_uri}"]
+    if summary.log_uri:
+        lines.append(f"log      {summary.log_uri}")
+    if summary.left:
+        lines.append(f"next     {again}")
+    elif summary.failed:
+        lines.append(f"next     {again}   (tries the failed images again)")
+    else:
+        lines.append(f"next     {shlex.join(['supir-batch', 'report', summary.output_uri])}")
+    return "\n".join(lines)
+
+
+def _plan_data(plan: Plan) -> dict[str, Any]:
+    return {
+        "output": plan.output_uri,
+        "todo": [
+            {"id": job.source.id, "uri": job.source.uri, "output_stem": job.output_stem, "reason": reason}
+            for job, reason in plan.todo
+        ],
+        "done": [{"id": job.source.id, "uri": job.source.uri, "output": uri} for job, uri in plan.done],
+        "refused": [
+            {"id": job.source.id, "uri": job.source.uri, "kind": failure.kind, "message": failure.message}
+            for job, failure in plan.refused
+        ],
+        "ignored": dict(plan.ignored),
+    }
+
+
+def _plan_text(plan: Plan) -> str:
+    lines = [f"to do    {len(plan.todo)}"]
+    lines += [f"  {count} {reason}" for reason, count in list(plan.reasons.items())[:_SHOWN]]
+    lines += _more(len(plan.reasons), "reasons")
+    lines += [f"done     {len(plan.done)}", f"refused  {len(plan.refused)}"]
+    lines += [f"  {failure.message}" for _, failure in plan.refused[:_SHOWN]]
+    lines += _more(len(plan.refused), "refused")
+    if plan.ignored:
+        lines.append(f"ignored  {sum(plan.ignored.values())} ({_counts(plan.ignored)})")
+    lines.append(f"output   {plan.output_uri}")
+    if plan.todo:
+        lines.append("images to do:")
+        lines += [f"  {job.source.uri} -> {job.output_stem}.*  ({reason})" for job, reason in plan.todo[:_SHOWN]]
+        lines += _more(len(plan.todo), "images")
+    return "\n".join(lines)
+
+
+def _status_data(output_uri: str) -> dict[str, Any]:
+    from supir_batch import runlog
+
+    rows = runlog.read_log(output_uri).select(
+        ["run_id", "id", "uri", "status", "recovered", "failure_kind", "failure_message", "finished_at"]
+    )
+    if rows.num_rows == 0:
+        raise ManifestError(f"{output_uri}: holds no run log; give the output folder of a run, or its manifest")
+    runs: dict[str, Counter[str]] = {}
+    latest: dict[str, dict[str, Any]] = {}
+    for row in rows.to_pylist():
+        counts = runs.setdefault(row["run_id"], Counter(done=0, recovered=0, failed=0))
+        counts[row["status"]] += 1
+        counts["recovered"] += bool(row["recovered"])
+        latest[row["id"]] = row
+    failed = [row for row in latest.values() if row["status"] == "failed"]
+    return {
+        "output": output_uri,
+        "images": len(latest),
+        "done": len(latest) - len(failed),
+        "failed": dict(Counter(row["failure_kind"] for row in failed).most_common()),
+        "failures": [
+            {"id": row["id"], "uri": row["uri"], "kind": row["failure_kind"], "message": row["failure_message"]}
+            for row in failed
+        ],
+        "runs": [{"run_id": run_id, **counts} for run_id, counts in sorted(runs.items())],
+    }
+
+
+def _status_text(data: Mapping[str, Any]) -> str:
+    lines = [f"output   {data['output']}", f"images   {data['images']}", f"done     {data['done']}"]
+    failed = f" ({_counts(data['failed'])})" if data["failed"] else ""
+    lines.append(f"failed   {sum(data['failed'].values())}{failed}")
+    lines += [f"  {failure['message']}" for failure in data["failures"][:_SHOWN]]
+    lines += _more(len(data["failures"]), "failed")
+    lines += [
+        f"run      {one['run_id']}  {one['done']} done, {one['recovered']} of them recovered, {one['failed']} failed"
+        for one in data["runs"][-_SHOWN:]
+    ]
+    return "\n".join(lines)
+
+
+def _more(count: int, what: str) -> list[str]:
+    return [f"  ... and {count - _SHOWN} more {what}; --json lists all"] if count > _SHOWN else []
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in counts.items())
+
+
+def _ignored(ignored: Mapping[str, int]) -> str:
+    return f", {sum(ignored.values())} other files ignored ({_counts(ignored)})" if ignored else ""

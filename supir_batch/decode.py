@@ -1,0 +1,296 @@
+"""A job's source to the tiles that the engine works on: read once, checked, turned upright, in sRGB, at working size.
+
+Nothing escapes from here but tiles: whatever is wrong with an image becomes one tile whose ticket says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import re
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyvips
+import tifffile
+from numpy.typing import NDArray
+
+from supir_batch import color, commit, metadata, probe, resample, settings, store, tiles
+from supir_batch.errors import ImageError, StoreError
+from supir_batch.types import Failure, FloatImage, ImageFacts, Job, StageRecord, TileTicket
+
+PREVIEW_SIZE = 512
+"""Longest side, in pixels, of the preview that the captioner sees."""
+
+_NO_PIXELS = np.zeros((0, 0, 3), np.float32)
+_NO_ALPHA = np.zeros((0, 0), np.float32)
+
+# how the readers word that a file ends too early
+_CUT_SHORT = re.compile(
+    r"premature|truncat|unexpected end|read error|seek|EOF|got \d+ bytes|unable to parse|not enough|missing SOS"
+    r"|corrupted strip|incorrect data",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class DecodedTile:
+    """A tile on its way to the engine.
+
+    ``pixels`` [h, w, 3] float32 sRGB in [0, 1]; ``alpha`` [h, w] in [0, 1], size 0 if the source has none;
+    ``preview`` the whole image, its longer side at most ``PREVIEW_SIZE``. All are empty when there is no work.
+    """
+
+    ticket: TileTicket
+    pixels: FloatImage
+    alpha: NDArray[np.float32]
+    preview: FloatImage
+
+
+@dataclass(frozen=True)
+class _Raster:
+    """Pixels as read, upright. ``color`` [h, w, 1 or 3] and ``alpha`` [h, w] (or size 0) float32 in [0, 1]."""
+
+    color: FloatImage
+    alpha: NDArray[np.float32]
+    icc: bytes | None
+    notes: tuple[str, ...]
+
+
+def decode(job: Job, alignment: int) -> Iterator[DecodedTile]:
+    """Read the source of ``job`` and yield its tiles, whose origins are multiples of ``alignment`` pixels.
+
+    One tile without pixels is yielded if the output is already committed (``recovered``) or if anything is wrong
+    (``failure``); no exception leaves, because it would stop all other images.
+    """
+    blank = TileTicket(job, started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    try:
+        yield from _decode(blank, alignment)
+    except ImageError as error:
+        yield _failed(blank, error.kind, str(error), error.retryable)
+    except StoreError as error:
+        yield _failed(blank, "store", str(error), error.retryable)
+    except MemoryError:
+        yield _failed(blank, "out-of-memory", "not enough memory to decode it; free memory or raise the worker's share")
+    except Exception as error:
+        yield _failed(blank, "internal", f"{type(error).__name__}: {error}")
+
+
+def read_srgb(path: Path) -> tuple[FloatImage, NDArray[np.float32]]:
+    """Any readable image, upright, as ([h, w, 3] sRGB, [h, w] alpha or size 0), both float32 in [0, 1].
+
+    For looking and comparing (report, demo). Raises ImageError.
+    """
+    raster = _read(path, probe.probe(path))
+    return color.to_srgb(raster.color, raster.icc), raster.alpha
+
+
+def _failed(ticket: TileTicket, kind: str, message: str, retryable: bool = False) -> DecodedTile:
+    source = ticket.job.source
+    text = message if message.startswith(source.uri) else f"{source.uri}: {message}"
+    failure = Failure("decode", kind, f"{source.origin}: {text}", retryable)
+    return DecodedTile(dataclasses.replace(ticket, failure=failure), _NO_PIXELS, _NO_ALPHA, _NO_PIXELS)
+
+
+def _decode(blank: TileTicket, alignment: int) -> Iterator[DecodedTile]:
+    started = time.perf_counter()
+    job, source, chosen = blank.job, blank.job.source, blank.job.settings
+    if not store.exists(source.uri):
+        raise ImageError("missing", "the file does not exist; correct the input or remove it")
+    with store.local_copy(source.uri) as path:
+        header = probe.probe(path)
+        sha256 = commit.file_sha256(path)
+        if source.sha256 is not None and source.sha256.lower() != sha256:
+            raise ImageError(
+                "hash-mismatch",
+                f"its SHA-256 is {sha256}, the manifest says {source.sha256.lower()}; the file has changed or is "
+                "damaged: restore it from a good copy, or correct the manifest",
+            )
+        facts = _facts(job, header, sha256)
+        ticket = dataclasses.replace(
+            blank,
+            facts=facts,
+            fingerprint=settings.fingerprint(sha256, job.settings_sha256),
+            seed=settings.item_seed(chosen, sha256),
+        )
+        if commit.committed(job, ticket.fingerprint, header.format) is not None:
+            recovered = dataclasses.replace(ticket, recovered=True)
+            yield DecodedTile(recovered, _NO_PIXELS, _NO_ALPHA, _NO_PIXELS)
+            return
+        raster = _read(path, header)
+        described = metadata.read_metadata(path)
+
+    rgb = color.to_srgb(raster.color, raster.icc)
+    small = resample.reduce_to(rgb, color.TONE_SIZE)
+    tone = color.Tone("neutral") if facts.bands == 1 else color.measure_tone(small)
+    facts = dataclasses.replace(
+        facts,
+        icc=raster.icc,
+        notes=(*facts.notes, *raster.notes, *described.notes),
+        tone=tone.kind,
+        tone_curve=tone.curve,
+        contrast=float(color.luma(small).std()),
+    )
+    preview = np.ascontiguousarray(resample.reduce_to(rgb, PREVIEW_SIZE))
+    working = resample.resize(rgb, facts.work_width, facts.work_height)
+    alpha = raster.alpha
+    if alpha.size:
+        alpha = resample.resize_plane(alpha, facts.work_width, facts.work_height)
+    # ru_maxrss is the most this process has used so far, in KiB on Linux; a finer number would need a process per image
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    ticket = dataclasses.replace(
+        ticket,
+        facts=facts,
+        source_metadata=described.to_bytes(),
+        records=(StageRecord("decode", time.perf_counter() - started, peak, "cpu"),),
+    )
+    for box in tiles.plan_tiles(facts.work_width, facts.work_height, chosen.max_pixels, chosen.overlap, alignment):
+        rows, columns = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
+        yield DecodedTile(
+            dataclasses.replace(ticket, box=box),
+            np.ascontiguousarray(working[rows, columns]),
+            np.ascontiguousarray(alpha[rows, columns]) if alpha.size else _NO_ALPHA,
+            preview,
+        )
+
+
+def _facts(job: Job, header: probe.Header, sha256: str) -> ImageFacts:
+    """What the header tells; color facts are added once the pixels are read."""
+    turned = header.orientation >= 5
+    width, height = (header.height, header.width) if turned else (header.width, header.height)
+    dpi = header.dpi if header.dpi is None or not turned else (header.dpi[1], header.dpi[0])
+    output_width, output_height = tiles.output_size(width, height, job.settings.upscale)
+    work_width, work_height = tiles.work_size(output_width, output_height, job.settings.min_size)
+    notes = []
+    if header.pages > 1:
+        notes.append(f"page 1 of {header.pages} was used")
+    if header.mode == "cmyk":
+        notes.append("CMYK was converted to sRGB, as CMYK cannot be restored to exact inks; the output is RGB")
+    if header.mode == "lab":
+        notes.append("CIELAB was converted to sRGB; the output is RGB")
+    return ImageFacts(
+        sha256=sha256,
+        format=header.format,
+        width=width,
+        height=height,
+        bands=1 if header.mode == "grey" else 3,
+        bit_depth=header.bit_depth,
+        has_alpha=header.has_alpha,
+        orientation=header.orientation,
+        icc=None,
+        dpi=dpi,
+        output_width=output_width,
+        output_height=output_height,
+        work_width=work_width,
+        work_height=work_height,
+        notes=tuple(notes),
+    )
+
+
+def _read(path: Path, header: probe.Header) -> _Raster:
+    """Decode all pixels, strictly; TIFFs that libvips refuses get a second, equally strict reader."""
+    refused = "libvips does not know this kind of TIFF"
+    if header.reader == "vips":
+        try:
+            return _read_vips(path, header)
+        except pyvips.Error as error:
+            refused = probe.vips_message(error, path)
+            if header.format != "tiff":
+                raise _damaged(refused) from error
+    try:
+        raster = _read_tifffile(path, header)
+    except (ImageError, MemoryError):
+        raise
+    # tifffile raises its own errors, but damaged data also surfaces as codec errors, IndexError, struct.error ...
+    except Exception as error:
+        raise _damaged(f"libvips: {refused}; tifffile: {type(error).__name__}: {error}") from error
+    return dataclasses.replace(raster, notes=(*raster.notes, f"read by tifffile because libvips refused it: {refused}"))
+
+
+def _damaged(seen: str) -> ImageError:
+    kind = "truncated" if _CUT_SHORT.search(seen) else "damaged"
+    return ImageError(kind, f"its pixels cannot be decoded ({seen}); get a whole copy of the file")
+
+
+def _read_vips(path: Path, header: probe.Header) -> _Raster:
+    image = probe.open_vips(path, header.format)
+    fields = set(image.get_fields())
+    notes = []
+    if "palette" in fields:
+        notes.append("palette colors were expanded to RGB")
+    if "bits-per-sample" in fields and image.get("bits-per-sample") < 8:
+        notes.append(f"{image.get('bits-per-sample')}-bit samples were expanded to 8 bits")
+    icc = bytes(image.get("icc-profile-data")) if "icc-profile-data" in fields else None
+    alpha_band: Any = None
+    if header.has_alpha:
+        alpha_band = image[image.bands - 1]
+        image = image.extract_band(0, n=image.bands - 1)
+    if header.mode == "cmyk":
+        # without a profile of its own a CMYK image is taken for libvips' generic press; there is no better guess
+        image = image.icc_transform("srgb", embedded=icc is not None, input_profile="cmyk", depth=header.bit_depth)
+        icc = None
+    elif header.mode == "lab":
+        image = image.colourspace("rgb16" if header.bit_depth == 16 else "srgb")
+        icc = None
+    if alpha_band is not None:
+        image = image.bandjoin(alpha_band)
+    levels = image.numpy()
+    if levels.ndim == 2:
+        levels = levels[..., None]
+    return _raster(levels, header, icc, tuple(notes))
+
+
+def _read_tifffile(path: Path, header: probe.Header) -> _Raster:
+    with tifffile.TiffFile(path) as tif:
+        page = tif.pages.first
+        if header.mode == "cmyk":
+            raise ImageError("unsupported", "this CMYK TIFF can be read by tifffile only; convert it to RGB")
+        levels = page.asarray()
+        if page.axes == "SYX":
+            levels = np.moveaxis(levels, 0, 2)
+        elif page.axes == "YX":
+            levels = levels[..., None]
+        elif page.axes != "YXS":
+            raise ImageError("unsupported", f"a TIFF with axes {page.axes} is not read; convert it to grey or RGB")
+        if getattr(page.photometric, "name", "") == "MINISWHITE":
+            levels = np.iinfo(levels.dtype).max - levels
+        found = page.tags.valueof(34675)
+    return _raster(levels, header, bytes(found) if found else None, ())
+
+
+def _raster(levels: NDArray[Any], header: probe.Header, icc: bytes | None, notes: tuple[str, ...]) -> _Raster:
+    """Integer samples [h, w, bands] as stored to upright floats, alpha apart."""
+    shape = (header.height, header.width)
+    if levels.shape[:2] != shape or levels.dtype not in (np.uint8, np.uint16):
+        raise ImageError(
+            "damaged", f"its pixels are {levels.shape} {levels.dtype}, its header said {shape}; get a whole copy"
+        )
+    top = np.float32(np.iinfo(levels.dtype).max)
+    values = upright(levels, header.orientation).astype(np.float32) / top
+    bands = 1 if header.mode == "grey" else 3
+    alpha = np.ascontiguousarray(values[..., bands]) if header.has_alpha else _NO_ALPHA
+    if icc is not None and (problem := color.check_profile(icc, bands)) is not None:
+        notes = (*notes, f"{problem}; it was ignored and the image taken for sRGB")
+        icc = None
+    return _Raster(np.ascontiguousarray(values[..., :bands]), alpha, icc, notes)
+
+
+def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Turn [h, w, ...] pixels as EXIF ``orientation`` (1 to 8) says they must be shown; a view."""
+    turns: dict[int, tuple[bool, Literal[0, 1, 2, 3]]] = {  # (mirror left-right first, then quarter turns clockwise)
+        1: (False, 0),
+        2: (True, 0),
+        3: (False, 2),
+        4: (True, 2),
+        5: (True, 3),
+        6: (False, 1),
+        7: (True, 1),
+        8: (False, 3),
+    }
+    mirror, quarters = turns[orientation]
+    return np.rot90(pixels[:, ::-1] if mirror else pixels, k=-quarters)

@@ -1,0 +1,1 @@
+"""The page one opens after a run: before and after, settings, failures."""

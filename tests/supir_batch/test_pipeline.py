@@ -1,0 +1,181 @@
+"""The whole command on real files, as a user runs it: `supir-batch run` in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset as ds
+import pytest
+import pyvips
+
+COMMAND = [sys.executable, "-m", "supir_batch"]
+
+
+def photograph(path: Path, width: int, height: int, seed: int) -> None:
+    """A smooth random picture with an edge: something every format and engine can work with."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(40, 215, (4, 4, 3), dtype=np.uint8)
+    image = pyvips.Image.new_from_array(coarse).resize(width / 4, vscale=height / 4, kernel="cubic")
+    pixels = image.numpy()[:height, :width].copy()
+    pixels[:, width // 3] = 255
+    pyvips.Image.new_from_array(pixels).write_to_file(str(path))
+
+
+def manifest(folder: Path, **sections: object) -> Path:
+    data = {"inputs": str(folder / "in"), "output": {"uri": str(folder / "out")}} | sections
+    path = folder / "manifest.yaml"
+    path.write_text(json.dumps(data))  # JSON is YAML
+    return path
+
+
+def run(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, "run", str(path), "--json", *flags], capture_output=True, text=True, timeout=300)
+
+
+def log_rows(output: Path) -> list[dict[str, object]]:
+    parts = sorted(str(path) for path in (output / "_runs").rglob("*.parquet"))
+    return list(ds.dataset(parts).to_table().to_pylist()) if parts else []
+
+
+def images(output: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(output)): path.read_bytes()
+        for path in sorted(output.rglob("*"))
+        if path.suffix in {".png", ".jpg", ".tif"} and path.is_file()
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_bad_images_fail_alone_and_a_second_run_does_only_what_is_missing(folder: Path) -> None:
+    photograph(folder / "in/good.png", 61, 47, seed=1)
+    photograph(folder / "in/large.tif", 640, 480, seed=2)
+    photograph(folder / "in/cut.jpg", 200, 200, seed=3)
+    whole = (folder / "in/cut.jpg").read_bytes()
+    (folder / "in/cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "in/empty.png").touch()
+    (folder / "in/text.jpg").write_text("not a photograph")
+    before = {path.name: path.read_bytes() for path in (folder / "in").iterdir()}
+    path = manifest(folder, engine={"name": "lanczos", "upscale": 1.5}, tiling={"max_pixels": 200_000, "overlap": 64})
+
+    first = run(path)
+    assert first.returncode == 3, first.stderr
+    summary = json.loads(first.stdout)
+    assert summary["done"] == 2
+    assert summary["failed"] == {"truncated": 1, "empty": 1, "not-an-image": 1}
+    for name in ("cut.jpg", "empty.png", "text.jpg"):
+        assert any(name in line and line.startswith("failed") for line in first.stderr.splitlines()), first.stderr
+    out = folder / "out"
+    assert pyvips.Image.new_from_file(str(out / "good.png")).width == round(61 * 1.5)
+    large = pyvips.Image.new_from_file(str(out / "large.tif"))
+    assert (large.width, large.height) == (960, 720)
+    assert not [p for p in out.rglob("*") if "_parts" in p.parts and p.is_file()]
+    rows = {row["id"]: row for row in log_rows(out)}
+    assert {row["status"] for row in rows.values()} == {"done", "failed"}
+    assert rows["large.tif"]["tiles"] > 1
+    assert rows["good.png"]["setting_upscale"] == 1.5
+    assert {path.name: path.read_bytes() for path in (folder / "in").iterdir()} == before  # originals untouched
+
+    photograph(folder / "in/text.jpg", 30, 20, seed=4)  # the curator replaces one bad file
+    second = run(path)
+    summary = json.loads(second.stdout)
+    assert (summary["done"], summary["skipped"]) == (1, 2)
+    assert sum(summary["failed"].values()) == 2
+    done = Counter(row["id"] for row in log_rows(out) if row["status"] == "done")
+    assert done == {"good.png": 1, "large.tif": 1, "text.jpg": 1}
+
+
+@pytest.mark.slow
+def test_a_changed_setting_is_new_work_and_says_so(folder: Path) -> None:
+    photograph(folder / "in/a.png", 40, 30, seed=1)
+    path = manifest(folder, engine={"name": "lanczos"})
+    assert run(path).returncode == 0
+    again = run(path, "--set", "engine.upscale=2")
+    assert again.returncode == 0
+    assert "upscale" in again.stderr
+    assert json.loads(again.stdout)["done"] == 1
+    assert pyvips.Image.new_from_file(str(folder / "out/a.png")).width == 80
+
+
+@pytest.mark.slow
+def test_killed_driver_then_the_same_command_does_every_image_once(folder: Path) -> None:
+    count = 24
+    for i in range(count):
+        photograph(folder / f"in/{i:02d}.png", 500, 400, seed=i)
+    path = manifest(folder, engine={"name": "lanczos", "upscale": 2})
+    out = folder / "out"
+    process = subprocess.Popen(
+        [*COMMAND, "run", str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while len(images(out) if out.exists() else ()) < count // 3:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "no output appeared"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _wait_for_workers_to_end(process.pid)
+    left = images(out)
+    assert count // 3 <= len(left) < count
+    for name in left:  # an output is whole or absent
+        assert pyvips.Image.new_from_file(str(out / name), fail_on="warning").avg() > 0
+    stamps = {name: (out / name).stat().st_mtime_ns for name in left}
+
+    summary = json.loads(run(path).stdout)
+    assert summary["exit_code"] == 0
+    assert summary["done"] + summary["skipped"] == count
+    assert {name: (out / name).stat().st_mtime_ns for name in left} == stamps  # nothing was done twice
+    assert len(images(out)) == count
+    assert not list(out.rglob("*.partial"))
+    done = Counter(row["id"] for row in log_rows(out) if row["status"] == "done")
+    assert done == {f"{i:02d}.png": 1 for i in range(count)}
+
+
+def _wait_for_workers_to_end(driver: int) -> None:
+    """Ray's processes notice the driver's death by themselves; they share its session."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        alive = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[3]) == driver and fields[0] != "Z":
+                alive.append(stat.parent.name)
+        if not alive:
+            return
+        time.sleep(0.2)
+    for pid in alive:
+        os.kill(int(pid), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_outputs_do_not_depend_on_workers_batch_or_order(folder: Path) -> None:
+    for i, (width, height) in enumerate([(96, 64), (130, 70), (64, 64)]):
+        photograph(folder / f"in/{i}.png", width, height, seed=i)
+    path = manifest(folder, engine={"steps": 3, "churn": 5.0})
+    assert run(path).returncode == 0
+    alone = images(folder / "out")
+    assert len(alone) == 3
+    wide = run(
+        path,
+        "--set", f"output.uri={folder / 'wide'}",
+        "--set", "runtime.actors=2",
+        "--set", "runtime.batch=3",
+    )  # fmt: skip
+    assert wide.returncode == 0, wide.stderr
+    assert images(folder / "wide") == alone

@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from supir_batch.errors import ManifestError
+from supir_batch.settings import (
+    MAX_SEED,
+    Manifest,
+    explain,
+    fingerprint,
+    item_seed,
+    load_manifest,
+    resolve,
+    settings_hash,
+)
+from supir_batch.types import Settings, Source
+from supir_model.config import MODELS
+
+MINIMAL = "inputs: photos\noutput: {uri: restored}\n"
+SOURCE = Source(id="a.tif", uri="/p/a.tif", origin="/p", relative="a.tif", version="1-1", size=1)
+
+
+def load(tmp_path: Path, text: str, overrides: dict[str, str] | None = None, **environ: str) -> Manifest:
+    path = tmp_path / "m.yaml"
+    path.write_text(text)
+    return load_manifest(str(path), overrides, environ)
+
+
+def refusal(tmp_path: Path, text: str, overrides: dict[str, str] | None = None, **environ: str) -> list[str]:
+    with pytest.raises(ManifestError) as caught:
+        load(tmp_path, text, overrides, **environ)
+    return [line.replace(f"{tmp_path}/", "") for line in str(caught.value).splitlines()]
+
+
+def test_relative_paths_count_from_the_manifest(tmp_path: Path) -> None:
+    manifest = load(tmp_path, "inputs: [photos, ../other, s3://b/k, /abs]\noutput: {uri: restored}\n")
+    assert manifest.inputs == (str(tmp_path / "photos"), str(tmp_path.parent / "other"), "s3://b/k", "/abs")
+    assert manifest.output.uri == str(tmp_path / "restored")
+
+
+def test_paths_in_flags_count_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    manifest = load(tmp_path, MINIMAL, {"output.uri": "out"}, SUPIR_BATCH__INPUTS="in")
+    assert manifest.output.uri == str(tmp_path / "here" / "out")
+    assert manifest.inputs == (str(tmp_path / "here" / "in"),)
+
+
+def test_a_folder_with_brackets_is_not_a_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "[1911]"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"x")
+    assert load(folder, "inputs: '*.png'\noutput: {uri: out}\n").inputs == (f"{tmp_path}/[[]1911]/*.png",)
+    assert load(tmp_path, "inputs: '[1911]'\noutput: {uri: out}\n").inputs == (str(folder),)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("engine: {stpes: 20}", "m.yaml: engine.stpes: unknown key; did you mean 'steps'?"),
+        ("steps: 20", "m.yaml: steps: unknown key; did you mean 'engine.steps'?"),
+        ("ouput: {}", "m.yaml: ouput: unknown key; did you mean 'output'?"),
+        ("runtime: {zzz: 1}", "m.yaml: runtime.zzz: unknown key; known keys: actors, cpus, gpus_per_actor, batch"),
+        ("engine: {steps: 0}", "m.yaml: engine.steps: must be greater than or equal to 1, saw 0"),
+        ("engine: {steps: many}", "m.yaml: engine.steps: must be an integer, saw 'many'"),
+        ("engine: {steps: true}", "m.yaml: engine.steps: must be an integer, saw True"),
+        ("engine: {upscale: .nan}", "m.yaml: engine.upscale:"),
+        ("engine: {weights: v0}", "m.yaml: engine.weights: 'v0' names no known model; choose one of tiny, v0Q, v0F"),
+        ("engine: {weights: v0F}", "m.yaml: engine: weights 'v0F' may be used under the license 'supir-noncommercial'"),
+        ("engine: {restoration_tau: x}", "m.yaml: engine.restoration_tau: must be a number or 'off', saw 'x'"),
+        ("engine: 3", "m.yaml: engine: is a section; write 'key: value' lines below it, saw 3"),
+        ("caption: {mode: fixed}", "m.yaml: caption: mode 'fixed' needs 'text'"),
+        ("caption: {text: x}", "m.yaml: caption: 'text' is only used by mode 'fixed'"),
+        ("tiling: {overlap: 1024}", "m.yaml: tiling: overlap 1024 is too large for tiles of 4194304 pixels"),
+        ("tiling: {window: 64, stride: 96}", "m.yaml: tiling.stride: 96 exceeds the window of 64"),
+        ("inputs: again", "m.yaml:3: key 'inputs' is already given on line 1"),
+        ("engine: {seed: 1, seed: 2}", "m.yaml:3: key 'seed' is already given on line 3"),
+        ("a: [", "m.yaml:"),
+        ("engine: {steps: !!int x}", "m.yaml: is not valid YAML"),
+        ("engine: {steps: !!python/name:os.system }", "m.yaml:3: could not determine a constructor for the tag"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, extra: str, message: str) -> None:
+    lines = refusal(tmp_path, f"{MINIMAL}{extra}\n")
+    assert len(lines) == 1
+    assert lines[0].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("naming", "message"),
+    [("{name}", "has no field {name}"), ("x", "must contain"), ("a/{stem}", "no slashes"), ("{", "is not a naming")],
+)
+def test_naming(tmp_path: Path, naming: str, message: str) -> None:
+    assert message in refusal(tmp_path, f"inputs: p\noutput: {{uri: o, naming: '{naming}'}}\n")[0]
+
+
+def test_every_problem_is_listed(tmp_path: Path) -> None:
+    lines = refusal(tmp_path, "engine: {stpes: 20, cfg_end: 99}\n")
+    assert len(lines) == 4
+    assert "m.yaml: inputs: is required but missing" in lines
+
+
+@pytest.mark.parametrize("text", ["", "just words", "- a\n- b\n", "3"])
+def test_a_file_that_is_no_manifest(tmp_path: Path, text: str) -> None:
+    assert "is no manifest" in refusal(tmp_path, text)[0]
+
+
+def test_missing_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"none\.yaml: no such manifest"):
+        load_manifest(str(tmp_path / "none.yaml"), {}, {})
+
+
+def test_words_and_numbers_are_read_as_written(tmp_path: Path) -> None:
+    manifest = load(
+        tmp_path, f"{MINIMAL}engine: {{restoration_tau: off, churn: 1e-3, seed: 010}}\n".replace("010", "10")
+    )
+    assert manifest.engine.restoration_tau == "off"
+    assert manifest.engine.churn == 0.001
+    assert load(tmp_path, f"{MINIMAL}name: no\n").name == "no"
+
+
+def test_layers_and_origins(tmp_path: Path) -> None:
+    manifest = load(
+        tmp_path,
+        f"{MINIMAL}engine: {{cfg_end: 2, churn: 1, noise: 1.1}}\n",
+        {"engine.churn": "3", "name": "1911"},
+        SUPIR_BATCH__ENGINE__CHURN="2",
+        SUPIR_BATCH__ENGINE__NOISE="1.2",
+        OTHER="x",
+    )
+    origins = {key: (value, origin) for key, value, origin in explain(manifest)}
+    assert origins["engine.cfg_end"] == (2, "manifest")
+    assert origins["engine.noise"] == (1.2, "environment")
+    assert origins["engine.churn"] == (3, "flag")
+    assert origins["name"] == ("1911", "flag")
+    assert origins["engine.steps"] == (10, "preset fidelity of tiny")
+    assert origins["tiling.window"] == (128, "model tiny")
+    assert origins["engine.seed"] == (0, "default")
+
+
+def test_a_wrong_flag_or_variable_is_named(tmp_path: Path) -> None:
+    assert refusal(tmp_path, MINIMAL, {"engine.stpes": "2"}) == [
+        "m.yaml: engine.stpes (from --set): unknown key; did you mean 'steps'?"
+    ]
+    assert "(from the environment)" in refusal(tmp_path, MINIMAL, SUPIR_BATCH__ENGINE__STEPS="0")[0]
+    assert "not a key" in refusal(tmp_path, MINIMAL, {"engine.": "2"})[0]
+
+
+def test_explain_tells_what_resolve_uses(tmp_path: Path) -> None:
+    manifest = load(tmp_path, f"{MINIMAL}engine: {{preset: quality, steps: 3}}\n")
+    settings = resolve(manifest, SOURCE, "hash")
+    for key, value, _ in explain(manifest):
+        section, _, name = key.partition(".")
+        if section in ("engine", "tiling") and name in {field.name for field in dataclasses.fields(Settings)} - {
+            "seed",
+            "name",
+        }:
+            assert getattr(settings, name) == value, key
+
+
+@pytest.mark.parametrize("weights", list(MODELS))
+@pytest.mark.parametrize("preset", ["fidelity", "quality"])
+def test_presets_fill_what_is_left_open(tmp_path: Path, weights: str, preset: str) -> None:
+    text = f"{MINIMAL}engine: {{weights: {weights}, preset: {preset}, accept_license: supir-noncommercial}}\n"
+    settings = resolve(load(tmp_path, text), SOURCE, "hash")
+    for key, value in dataclasses.asdict(MODELS[weights].presets[preset]).items():
+        assert getattr(settings, key) == value
+    assert settings.accepted_license == (None if weights == "tiny" else "supir-noncommercial")
+    assert settings.negative_prompt == MODELS[weights].negative_prompt
+
+
+def test_a_row_wins_over_the_manifest(tmp_path: Path) -> None:
+    manifest = load(tmp_path, f"{MINIMAL}caption: {{mode: fixed, text: all, negative_prompt: less}}\n")
+    row = dataclasses.replace(SOURCE, prompt="one", negative_prompt="no", upscale=2.0, seed=7, material="map")
+    settings = resolve(manifest, row, "")
+    assert (settings.prompt, settings.prompt_source, settings.negative_prompt) == ("one", "manifest", "no")
+    assert (settings.upscale, settings.seed, settings.material) == (2.0, 7, "map")
+    settings = resolve(manifest, SOURCE, "")
+    assert (settings.prompt, settings.prompt_source, settings.negative_prompt) == ("all", "fixed", "less")
+
+
+@pytest.mark.parametrize(
+    ("mode", "sidecar", "prompt"),
+    [("attributes", None, None), ("none", None, ""), ("sidecar", " a boat\n", "a boat")],
+)
+def test_caption_modes(tmp_path: Path, mode: str, sidecar: str | None, prompt: str | None) -> None:
+    settings = resolve(load(tmp_path, f"{MINIMAL}caption: {{mode: {mode}}}\n"), SOURCE, "", sidecar)
+    assert (settings.prompt, settings.prompt_source) == (prompt, mode)
+
+
+@pytest.mark.parametrize("mode", ["manifest", "sidecar"])
+def test_a_caption_that_is_not_there(tmp_path: Path, mode: str) -> None:
+    with pytest.raises(ManifestError, match=r"a\.tif' has no prompt"):
+        resolve(load(tmp_path, f"{MINIMAL}caption: {{mode: {mode}}}\n"), SOURCE, "")
+
+
+def test_lanczos_ignores_what_it_does_not_use(tmp_path: Path) -> None:
+    plain = resolve(load(tmp_path, f"{MINIMAL}engine: {{name: lanczos}}\n"), SOURCE, "")
+    busy = load(tmp_path, f"{MINIMAL}engine: {{name: lanczos, steps: 9, weights: v0Q, seed: 3}}\n")
+    assert resolve(busy, dataclasses.replace(SOURCE, prompt="x", seed=4), "hash") == plain
+    assert (plain.steps, plain.model_sha256, plain.prompt, plain.min_size) == (0, "", "", 0)
+    assert ("engine.steps", None, "not used by lanczos") in explain(busy)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return resolve(load(tmp_path, MINIMAL), SOURCE, "hash")
+
+
+def test_every_setting_is_part_of_the_hash(settings: Settings) -> None:
+    hashes = {settings_hash(settings)}
+    for field in dataclasses.fields(Settings):
+        value = getattr(settings, field.name)
+        changed = value + 1 if isinstance(value, int | float) else f"{value}x"
+        hashes.add(settings_hash(dataclasses.replace(settings, **{field.name: changed})))  # type: ignore[arg-type]
+    assert len(hashes) == 1 + len(dataclasses.fields(Settings))
+
+
+def test_the_hash_does_not_depend_on_how_a_number_is_written(settings: Settings) -> None:
+    assert settings_hash(dataclasses.replace(settings, upscale=2)) == settings_hash(
+        dataclasses.replace(settings, upscale=2.0)
+    )
+
+
+def test_the_hash_stays_what_it_was() -> None:
+    """A changed hash makes every archive redo its work: change this on purpose only."""
+    fixed = Settings(
+        engine="supir", engine_name="supir-tiny", model_sha256="ab", weights="tiny", preset="fidelity", steps=10,
+        cfg_start=1.0, cfg_end=1.5, control_scale=1.0, restoration_tau=None, churn=0.0, noise=1.003,
+        color_fix="wavelet", upscale=2.0, min_size=0, window=128, stride=96, max_pixels=4194304, overlap=128,
+        caption_mode="none", prompt="é", prompt_source="none", positive_prompt="", negative_prompt="", material="",
+        run_seed=0, seed=None, format="source", bit_depth=None, notice="n", operator=None, organization=None,
+        accepted_license=None,
+    )  # fmt: skip
+    assert settings_hash(fixed) == "827d647c03a2c42b7042fe8738bef6aca41a08c9b688400f8d82ecc613ee58df"
+
+
+def test_fingerprint_depends_on_both() -> None:
+    assert len({fingerprint(a, b) for a in ("1", "2") for b in ("1", "2")}) == 4
+
+
+@hypothesis_settings(deadline=None)
+@given(run_seed=st.integers(0, MAX_SEED), source=st.text("0123456789abcdef", min_size=64, max_size=64))
+def test_item_seed_is_in_range_and_a_pure_function(run_seed: int, source: str) -> None:
+    manifest = Manifest.model_validate({"inputs": ["/p"], "output": {"uri": "/o"}, "engine": {"seed": run_seed}})
+    settings = resolve(manifest, SOURCE, "")
+    seed = item_seed(settings, source)
+    assert 0 <= seed <= MAX_SEED
+    assert seed == item_seed(settings, source)
+    assert item_seed(dataclasses.replace(settings, seed=5), source) == 5
+
+
+@hypothesis_settings(deadline=None)
+@given(st.text(max_size=200))
+def test_any_text_is_a_manifest_or_a_manifest_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass", newline="")
+    with contextlib.suppress(ManifestError):
+        load_manifest(str(path), {}, {})

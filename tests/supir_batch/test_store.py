@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from supir_batch import store
+from supir_batch.errors import StoreError, TransientStoreError
+
+
+@pytest.fixture(params=["local", "memory"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "store") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+
+
+def test_what_is_written_is_read_listed_and_deleted(base: str) -> None:
+    uri = store.join(base, "a/b.tif")
+    assert not store.exists(uri)
+    assert store.find(uri) is None
+    store.write_atomic(uri, b"one")
+    assert store.exists(uri)
+    assert store.read_bytes(uri) == b"one"
+    info = store.info(uri)
+    assert (info.uri, info.size) == (uri, 3)
+    assert [found.uri for found in store.list_tree(base)] == [uri]
+    store.delete(uri)
+    store.delete(uri)
+    assert not store.exists(uri)
+
+
+def test_version_changes_with_the_bytes(base: str) -> None:
+    uri = store.join(base, "a.tif")
+    store.write_atomic(uri, b"one")
+    before = store.info(uri)
+    assert store.info(uri) == before
+    store.write_atomic(uri, b"two")
+    assert store.info(uri).version != before.version
+
+
+def test_a_file_can_be_written_from_a_path(base: str, tmp_path: Path) -> None:
+    made = tmp_path / "made.bin"
+    made.write_bytes(b"x" * 3_000_000)
+    uri = store.join(base, "copy.bin")
+    store.write_atomic(uri, made)
+    assert store.read_bytes(uri) == made.read_bytes()
+    assert made.exists()
+
+
+def test_listing_is_sorted_by_full_name_and_empty_without_a_folder(base: str) -> None:
+    names = ["b/a.png", "a.png", "b.png", "b/c/d.png", "B.png", "b-1.png"]
+    for name in names:
+        store.write_atomic(store.join(base, name), b"x")
+    assert [found.uri for found in store.list_tree(base)] == sorted(store.join(base, name) for name in names)
+    assert list(store.list_tree(store.join(base, "nowhere"))) == []
+
+
+def test_glob(base: str) -> None:
+    for name in ["x/a.png", "x/b.jpg", "x/deep/c.png"]:
+        store.write_atomic(store.join(base, name), b"x")
+    assert [found.uri for found in store.expand_glob(f"{base}/x/*.png")] == [store.join(base, "x/a.png")]
+    assert len(store.expand_glob(f"{base}/**/*.png")) == 2
+    assert store.expand_glob(f"{base}/y/*.png") == []
+    assert store.glob_root(f"{base}/x/*.png") == f"{base}/x"
+
+
+def test_local_copy_has_the_bytes_and_the_extension(base: str) -> None:
+    uri = store.join(base, "a.tif")
+    store.write_atomic(uri, b"pixels")
+    with store.local_copy(uri) as path:
+        assert path.read_bytes() == b"pixels"
+        assert path.suffix == ".tif"
+    assert path.exists() == store.is_local(uri)
+
+
+@pytest.mark.parametrize("read", [store.read_bytes, store.read_text, store.info])
+def test_missing_object_is_named(base: str, read: Callable[[str], object]) -> None:
+    uri = store.join(base, "gone.tif")
+    with pytest.raises(StoreError, match=r"gone\.tif: does not exist"):
+        read(uri)
+    with pytest.raises(StoreError, match=r"gone\.tif: does not exist"), store.local_copy(uri):
+        pass
+
+
+def test_folders_are_not_objects(base: str) -> None:
+    store.write_atomic(store.join(base, "f/a.tif"), b"x")
+    folder = store.join(base, "f")
+    assert store.is_folder(folder)
+    assert not store.exists(folder)
+    with pytest.raises(StoreError, match="is a folder"):
+        store.find(folder)
+
+
+def test_text_must_be_utf8(base: str) -> None:
+    uri = store.join(base, "a.txt")
+    store.write_atomic(uri, b"\xef\xbb\xbfhello")
+    assert store.read_text(uri) == "hello"
+    store.write_atomic(uri, b"\xff\xfe")
+    with pytest.raises(StoreError, match=r"a\.txt: is not UTF-8"):
+        store.read_text(uri)
+
+
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_object_and_no_temp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    uri = str(tmp_path / "a.tif")
+    store.write_atomic(uri, b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, fails, full)
+    with pytest.raises(StoreError, match=r"a\.tif: cannot write it: No space left") as caught:
+        store.write_atomic(uri, b"new")
+    assert not caught.value.retryable
+    assert Path(uri).read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.tif"]
+
+
+def test_an_interrupted_write_leaves_no_temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        store.write_atomic(str(tmp_path / "a.tif"), b"new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_temp_lies_hidden_beside_the_target_and_fits_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    replace = os.replace
+
+    def watch(source: Path, target: Path) -> None:
+        seen.append(Path(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    longest = "é" * 125 + ".tif"
+    store.write_atomic(str(tmp_path / longest), b"x")
+    store.write_atomic(str(tmp_path / "a.tif"), b"x")
+    assert all(path.parent == tmp_path and store.is_partial(str(path)) for path in seen)
+    assert seen[1].name.startswith(".a.tif.")
+
+
+def test_stale_temps_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / ".a.tif.0badcafe.partial").write_bytes(b"half")
+    (tmp_path / "sub" / "a.partial").write_bytes(b"someone's file")
+    assert store.remove_partials(str(tmp_path)) == 1
+    assert os.listdir(tmp_path / "sub") == ["a.partial"]
+
+
+def test_network_errors_are_transient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    uri = str(tmp_path / "a.tif")
+    monkeypatch.setattr(Path, "read_bytes", lambda _: (_ for _ in ()).throw(OSError(errno.ETIMEDOUT, "timed out")))
+    with pytest.raises(TransientStoreError, match=r"a\.tif: cannot read it: timed out"):
+        store.read_bytes(uri)
+
+
+def test_forbidden_and_unknown_storage() -> None:
+    with pytest.raises(StoreError, match=r"nosuch://a: cannot .*nosuch"):
+        store.read_bytes("nosuch://a")
+
+
+@pytest.mark.parametrize("part", ["..", "a/../b", "/etc", "", "s3://x", "a\0b"])
+def test_join_only_leads_down(part: str) -> None:
+    with pytest.raises(StoreError, match="without"):
+        store.join("/out", part)
+
+
+def test_join_and_names() -> None:
+    assert store.join("/out/", "a//b", "./c") == "/out/a/b/c"
+    assert store.join("s3://b", "k") == "s3://b/k"
+    assert store.parent("s3://b/k/x.tif") == "s3://b/k"
+    assert store.parent("/a/x.tif") == "/a"
+    assert store.name("s3://b/k/x.tif") == "x.tif"
+
+
+def test_two_spellings_of_a_file_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real" / "a.tif").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    spellings = ["real/a.tif", "./link/../real/a.tif", str(tmp_path / "link/a.tif"), f"file://{tmp_path}/real/a.tif"]
+    assert len({store.normalize(spelling) for spelling in spellings}) == 1
+    assert store.normalize("S3://b/k/") == "s3://b/k"
+
+
+def test_relative_to(tmp_path: Path) -> None:
+    assert store.relative_to("/a/b/c.tif", "/a/") == "b/c.tif"
+    assert store.relative_to("/ab/c.tif", "/a") is None
+    assert store.relative_to("/a", "/a") is None
+    assert store.relative_to("s3://b/k/x", "s3://b/k") == "x"
+    assert store.relative_to("s3://b/k/x", "/b/k") is None
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert store.relative_to(str(tmp_path / "link" / "a"), str(tmp_path)) == "link/a"
+
+
+def test_resolve() -> None:
+    assert store.resolve("/a/b", "../c.tif") == "/a/c.tif"
+    assert store.resolve("/a/b", "/c.tif") == "/c.tif"
+    assert store.resolve("/a/b", "s3://x/y") == "s3://x/y"
+    assert store.resolve("s3://b/k", "../c.tif") == "s3://b/c.tif"
+
+
+def test_broken_links_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "a.tif").symlink_to("nowhere.tif")
+    assert [(found.size, found.version) for found in store.list_tree(str(tmp_path))] == [(-1, "missing")]
