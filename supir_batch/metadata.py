@@ -2,7 +2,9 @@
 
 The only file that imports pyexiv2 (Exiv2, GPL v3). EXIF and IPTC travel from source to output inside a *carrier*, a PNG
 of one pixel, because Exiv2 copies tags between images with their types, private ones included, while a dictionary of
-strings loses them. XMP travels as its packet and is edited as XML, so that nothing in it changes but what must.
+strings loses them. XMP travels as its packet, is edited as XML, so that nothing in it changes but what must, and is put
+into the file here and not by Exiv2: that serializes with whatever prefixes the files it read before have used, so the
+bytes would depend on the order of work, and it drops a packet that it cannot parse without a word.
 
 Which property gets which value stands in docs/provenance.md. Dates of modification are not written, and the source's
 are removed from XMP as they would speak of another file: a time in the file would make two runs differ. The times
@@ -16,14 +18,18 @@ from __future__ import annotations
 import base64
 import json
 import re
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from xml.dom import minidom
 from xml.parsers.expat import ExpatError
 
 import pyexiv2
+import pyvips
 import tifffile
 
+from supir_batch import probe
 from supir_batch.errors import ImageError
 from supir_batch.provenance import ProvenanceRecord
 
@@ -74,6 +80,8 @@ _STALE_XMP = (
     *(("xmp", name) for name in ("Thumbnails", "ModifyDate", "MetadataDate")),
 )
 
+_JPEG_XMP_HEADER = b"http://ns.adobe.com/xap/1.0/\0"
+_JPEG_XMP_LIMIT = 65533 - len(_JPEG_XMP_HEADER)  # of one segment
 _IIM_CAPTION_LIMIT = 2000  # octets of IPTC 2:120
 _NO_XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="%s"/></x:xmpmeta>' % _RDF  # noqa: UP031
 
@@ -118,13 +126,19 @@ class SourceMetadata:
 
 
 def read_metadata(path: Path) -> SourceMetadata:
-    """Read the metadata of an image file; what Exiv2 cannot open (BigTIFF) gives its XMP only, and a note.
+    """Read the metadata of an image file that ``probe.probe`` accepted.
 
-    Never raises for odd metadata: pixels are worth more than tags, and the note tells.
+    Never raises for odd metadata: pixels are worth more than tags, and a note tells. Exiv2 cannot open BigTIFF, which
+    therefore gives its XMP only.
     """
+    notes: list[str] = []
+    data, xmp = _EMPTY_CARRIER, b""
+    try:
+        xmp = _read_packet(path)
+    except (ImageError, pyvips.Error, tifffile.TiffFileError, ValueError) as error:
+        notes.append(f"XMP of the source could not be read and is not in the output ({error})")
     try:
         with pyexiv2.Image(str(path)) as image:
-            xmp = _as_packet(image.read_raw_xmp())
             carrier = pyexiv2.ImageData(_EMPTY_CARRIER)
             try:
                 image.copy_to_another_image(carrier, exif=True, iptc=True, xmp=False, comment=False, icc=False)
@@ -135,19 +149,9 @@ def read_metadata(path: Path) -> SourceMetadata:
                 data = bytes(carrier.get_bytes())
             finally:
                 carrier.close()
-        return SourceMetadata(data, xmp)
-    except (RuntimeError, UnicodeDecodeError, ValueError) as error:
-        why = str(error)
-    notes = [f"EXIF and IPTC of the source could not be read and are not in the output ({why})"]
-    xmp = b""
-    if path.suffix.lower() in (".tif", ".tiff"):
-        try:
-            with tifffile.TiffFile(path) as tif:
-                found = tif.pages.first.tags.valueof(700)
-                xmp = bytes(found) if found is not None else b""
-        except (tifffile.TiffFileError, ValueError, OSError) as error:
-            notes.append(f"nor could its XMP ({error})")
-    return SourceMetadata(_EMPTY_CARRIER, xmp, tuple(notes))
+    except (RuntimeError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
+        notes.append(f"EXIF and IPTC of the source could not be read and are not in the output ({error})")
+    return SourceMetadata(data, xmp, tuple(notes))
 
 
 def write_metadata(path: Path, source: SourceMetadata, record: ProvenanceRecord) -> tuple[str, ...]:
@@ -157,15 +161,22 @@ def write_metadata(path: Path, source: SourceMetadata, record: ProvenanceRecord)
     ImageError ``metadata-failed``.
     """
     packet, notes = build_xmp(source, record)
+    if record.output_format == "jpeg" and len(packet) > _JPEG_XMP_LIMIT:
+        notes = (*notes, f"the source's XMP of {len(source.xmp)} bytes does not fit into a JPEG and was left out")
+        packet, _ = build_xmp(SourceMetadata(source.carrier, b""), record)
     try:
-        _write(path, source, record, packet, maker_note=True)
+        _write_exif(path, source, record, maker_note=True)
     except RuntimeError as first:
         # a JPEG holds 64 kB of EXIF; maker notes are what overflows it, and their offsets are private anyway
         try:
-            _write(path, source, record, packet, maker_note=False)
+            _write_exif(path, source, record, maker_note=False)
         except RuntimeError as error:
             raise ImageError("metadata-failed", f"metadata cannot be written into the output: {error}") from error
         notes = (*notes, f"the camera's maker note was left out of the output ({first})")
+    embed = {"jpeg": _embed_in_jpeg, "png": _embed_in_png, "tiff": _embed_in_tiff}
+    embed[record.output_format](path, packet)
+    if _read_packet(path) != packet:
+        raise ImageError("metadata-failed", "the XMP packet of the output does not read back as it was written")
     return notes
 
 
@@ -231,7 +242,8 @@ def build_xmp(source: SourceMetadata, record: ProvenanceRecord) -> tuple[bytes, 
     return _packet(document), notes
 
 
-def _write(path: Path, source: SourceMetadata, record: ProvenanceRecord, packet: bytes, *, maker_note: bool) -> None:
+def _write_exif(path: Path, source: SourceMetadata, record: ProvenanceRecord, *, maker_note: bool) -> None:
+    """EXIF and IPTC; RuntimeError where Exiv2 cannot."""
     ours = {
         "Exif.Image.Software": record.software,
         "Exif.Image.Orientation": "1",
@@ -260,9 +272,36 @@ def _write(path: Path, source: SourceMetadata, record: ProvenanceRecord, packet:
             carrier.modify_iptc({"Iptc.Application2.Caption": noted})
         with pyexiv2.Image(str(path)) as image:
             carrier.copy_to_another_image(image, exif=True, iptc=True, xmp=False, comment=False, icc=False)
-            image.modify_raw_xmp(packet.decode())
+            if record.output_format == "tiff":
+                # makes room: a tag that is there can be overwritten, and Exiv2 writes none for an empty packet
+                image.modify_xmp({"Xmp.dc.format": "image/tiff"})
     finally:
         carrier.close()
+
+
+def _embed_in_jpeg(path: Path, packet: bytes) -> None:
+    """An APP1 segment behind JFIF and EXIF, which must come first."""
+    data = path.read_bytes()
+    at = 2
+    while data[at] == 0xFF and data[at + 1] in (0xE0, 0xE1):
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    body = _JPEG_XMP_HEADER + packet
+    path.write_bytes(data[:at] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + data[at:])
+
+
+def _embed_in_png(path: Path, packet: bytes) -> None:
+    """An uncompressed iTXt chunk right behind the header, as XMP part 3 wants."""
+    data = path.read_bytes()
+    at = 8 + 25  # signature and IHDR
+    body = b"iTXt" + b"XML:com.adobe.xmp" + bytes(5) + packet
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    path.write_bytes(data[:at] + chunk + data[at:])
+
+
+def _embed_in_tiff(path: Path, packet: bytes) -> None:
+    """Tag 700 of page 1."""
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        tif.pages.first.tags[700].overwrite(packet)
 
 
 def _read_carrier(data: bytes) -> tuple[dict[str, str], dict[str, str | list[str]]]:
@@ -298,8 +337,16 @@ def _rational(value: float) -> str:
 # ------------------------------------------------------------------------------------------------ XMP packets as XML
 
 
-def _as_packet(raw: str) -> bytes:
-    return raw.strip("\0 \n").encode()
+def _read_packet(path: Path) -> bytes:
+    """The XMP packet of an image file byte for byte; b"" if there is none."""
+    with path.open("rb") as stream:
+        image_format = probe.sniff(stream.read(64))
+    if image_format == "tiff":
+        with tifffile.TiffFile(path) as tif:
+            found = tif.pages.first.tags.valueof(700)
+        return bytes(found) if found is not None else b""
+    image = probe.open_vips(path, image_format)
+    return bytes(image.get("xmp-data")) if "xmp-data" in image.get_fields() else b""
 
 
 def _parse(packet: bytes) -> minidom.Document:
@@ -309,9 +356,25 @@ def _parse(packet: bytes) -> minidom.Document:
         raise ValueError("it declares a document type")
     body = re.sub(rb"<\?xpacket.*?\?>", b"", packet, flags=re.DOTALL).strip(b"\0\xef\xbb\xbf \r\n\t")
     document = minidom.parseString(body or _NO_XMP.encode())
-    if not document.getElementsByTagNameNS(_RDF, "RDF"):
+    roots = document.getElementsByTagNameNS(_RDF, "RDF")
+    if not roots:
         raise ValueError("it has no rdf:RDF element")
+    if roots[0].prefix != "rdf":
+        _use_common_rdf_prefix(document, roots[0])
     return document
+
+
+def _use_common_rdf_prefix(document: minidom.Document, root: minidom.Element) -> None:
+    """Spell RDF names ``rdf:``, whatever prefix the source chose: widespread readers see nothing in any other."""
+    for element in (root, *root.getElementsByTagName("*")):
+        for attribute in [element.getAttributeNode(name) for name in list(element.attributes.keys())]:
+            if attribute is not None and attribute.namespaceURI == _RDF:
+                document.renameNode(attribute, _RDF, f"rdf:{attribute.localName}")
+        if element.namespaceURI == _RDF:
+            document.renameNode(element, _RDF, f"rdf:{element.localName}")
+    for name in [name for name, value in root.attributes.items() if name.startswith("xmlns:") and value == _RDF]:
+        root.removeAttribute(name)
+    root.setAttributeNS(_XMLNS, "xmlns:rdf", _RDF)
 
 
 def _packet(document: minidom.Document) -> bytes:
@@ -329,7 +392,6 @@ class _Xmp:
     def __init__(self, document: minidom.Document) -> None:
         self._document = document
         rdf = document.getElementsByTagNameNS(_RDF, "RDF")[0]
-        self._rdf_prefix = rdf.prefix or "rdf"
         self._descriptions = [
             node
             for node in rdf.childNodes

@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import os
 import pickle
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,11 +45,13 @@ def run(jobs: Sequence[Job], runtime: Runtime, on_row: Callable[[Row], None], ru
     """
     if not jobs:
         return
-    settings = jobs[0].settings  # engine, weights and caption mode are the manifest's, the same for every job
-    device = runtime.device
+    captioned = any(job.settings.prompt is None for job in jobs)
     actors: Row = {
         "compute": ActorPoolStrategy(size=runtime.actors),
-        "num_gpus": runtime.gpus_per_actor,
+        # engine, weights and license are the manifest's, the same for every job
+        "fn_constructor_args": (jobs[0].settings, runtime.device),
+        # a captioner and a restorer share what one worker may have
+        "num_gpus": runtime.gpus_per_actor / (2 if captioned else 1),
         "num_cpus": 0,  # so that waiting models never starve the CPU stages
         "batch_size": runtime.batch,
     }
@@ -56,9 +59,9 @@ def run(jobs: Sequence[Job], runtime: Runtime, on_row: Callable[[Row], None], ru
         tiles = ray.data.from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=len(jobs))
         tiles = tiles.flat_map(decode_stage, num_cpus=0.5)
         tiles = tiles.repartition(target_num_rows_per_block=1)
-        if any(job.settings.prompt is None for job in jobs):
-            tiles = tiles.map_batches(CaptionStage, fn_constructor_args=(settings, device), **actors)
-        tiles = tiles.map_batches(RestoreStage, fn_constructor_args=(settings, device), **actors)
+        if captioned:
+            tiles = tiles.map_batches(CaptionStage, **actors)
+        tiles = tiles.map_batches(RestoreStage, **actors)
         rows = tiles.flat_map(write_stage, fn_args=(run_id,), num_cpus=0.5)
         logged: set[str] = set()
         for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -156,16 +159,38 @@ def write_stage(row: Row, run_id: str) -> list[Row]:
 
 
 @contextmanager
+def _stderr_only_on_failure() -> Iterator[None]:
+    """Hold back what native code writes to stderr, and show it if the body fails."""
+    with tempfile.TemporaryFile() as held:
+        stderr = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+@contextmanager
 def _ray(runtime: Runtime) -> Iterator[None]:
     """A local Ray, or a connection to a cluster, that says nothing unless something is wrong."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(
-        address=runtime.address or "local",
-        num_cpus=None if runtime.address else runtime.cpus,
-        include_dashboard=None if runtime.address else False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    # threads of several workers share the cores; spinning ones would take them from each other
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Ray's C++ side reports harmless things as errors on stderr
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with _stderr_only_on_failure():  # ... and that its log level was set
+        ray.init(
+            address=runtime.address or "local",
+            num_cpus=None if runtime.address else runtime.cpus,
+            include_dashboard=None if runtime.address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

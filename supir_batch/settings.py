@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import glob
 import hashlib
 import json
@@ -653,13 +654,16 @@ def _flat(model: BaseModel, prefix: str = "") -> list[tuple[str, Any, bool]]:
 # --- identity ------------------------------------------------------------------------------------------------------
 
 
+_FLOAT_FIELDS = {key for key, hint in get_type_hints(Settings).items() if hint is float or float in get_args(hint)}
+
+
+@functools.lru_cache(maxsize=4096)  # most images of a run share their settings
 def settings_hash(settings: Settings) -> str:
     """SHA-256 (hex) of the settings' canonical JSON: sorted keys, no spaces, floats by their shortest exact form."""
-    hints = get_type_hints(Settings)
-    values = dataclasses.asdict(settings)
-    for key, value in values.items():
-        if value is not None and (hints[key] is float or float in get_args(hints[key])):
-            values[key] = float(value)  # 1 and 1.0 are the same setting
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    for key in _FLOAT_FIELDS:
+        if values[key] is not None:
+            values[key] = float(values[key])  # 1 and 1.0 are the same setting
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 

@@ -137,15 +137,12 @@ def relative_to(uri: str, folder: str) -> str | None:
 
     Spellings count as equal when :func:`normalize` makes them so; the names returned are those of ``uri``.
     """
-    for inner, outer in ((uri, folder), (normalize(uri), normalize(folder))):
-        if is_local(inner) != is_local(outer):
-            return None
-        if is_local(inner):
-            inner, outer = os.path.abspath(local_path(inner)), os.path.abspath(local_path(outer))  # noqa: PLW2901
-        prefix = outer.rstrip("/") + "/"
-        if inner.startswith(prefix) and len(inner) > len(prefix):
-            return inner[len(prefix) :]
-    return None
+    if is_local(uri) != is_local(folder):
+        return None
+    if not is_local(uri):
+        return _below(normalize(uri), normalize(folder))
+    as_written = _below(os.path.abspath(local_path(uri)), os.path.abspath(local_path(folder)))
+    return as_written or _below(normalize(uri), normalize(folder))
 
 
 def has_glob(uri: str) -> bool:
@@ -366,6 +363,11 @@ def is_partial(uri: str) -> bool:
 
 
 # --- inside --------------------------------------------------------------------------------------------------------
+
+
+def _below(inner: str, outer: str) -> str | None:
+    prefix = outer.rstrip("/") + "/"
+    return inner[len(prefix) :] if inner.startswith(prefix) and len(inner) > len(prefix) else None
 
 
 def _partial_name(target: str) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ from supir_model.config import ModelConfig, UNetConfig, VAEConfig
 from supir_model.errors import WeightsError
 
 Form = Literal["same", "pointwise", "transposed", "third"]
-"""How a released tensor holds ours: as it is; as a 1x1 convolution [O, I, 1, 1]; as [in, out]; fused with two others."""
+"""How a released tensor holds ours: as it is; as a 1x1 convolution [O, I, 1, 1]; as [in, out]; with two others."""
 
 IGNORED = (
     "model.control_model.mask_LQ",  # in the released file, belongs to no module
@@ -76,10 +77,10 @@ _BIGG_LAYER = {
     "mlp.fc2": "mlp.c_proj",
 }
 _BIGG_ENDS = {
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm.weight": "ln_final.weight",
-    "text_model.final_layer_norm.bias": "ln_final.bias",
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
 }
 
 
@@ -167,84 +168,115 @@ def _connector_count(config: ModelConfig) -> int:
     return 1 + levels * (config.unet.resblocks + 1) + attended
 
 
-def _unet(key: str, prefix: str, config: UNetConfig) -> Origin | None:
-    module, _, leaf = key.rpartition(".")
-    if module in _UNET_ENDS:
-        return Origin(f"{prefix}{_UNET_ENDS[module]}.{leaf}")
-    per_level, last = config.resblocks + 1, len(config.channels) - 1
-
-    if match := re.match(r"down_blocks\.(\d+)\.downsamplers\.0\.conv$", module):
-        return Origin(f"{prefix}input_blocks.{(int(match[1]) + 1) * per_level}.0.op.{leaf}")
-    if match := re.match(r"up_blocks\.(\d+)\.upsamplers\.0\.conv$", module):
-        block = int(match[1])
-        place = 2 if config.transformer_depth[last - block] else 1  # after ResBlock and, where there is one, transformer
-        return Origin(f"{prefix}output_blocks.{(block + 1) * per_level - 1}.{place}.conv.{leaf}")
-
-    match = re.match(r"(down_blocks\.(\d+)|mid_block|up_blocks\.(\d+))\.(resnets|attentions)\.(\d+)\.(.+)$", key)
-    if match is None:
-        return None
-    kind, index, inner = match[4], int(match[5]), match[6]
-    if match[1] == "mid_block":
-        block_name = f"middle_block.{1 if kind == 'attentions' else 2 * index}"
-    else:
-        place = int(kind == "attentions")
-        if match[2] is not None:
-            block_name = f"input_blocks.{1 + int(match[2]) * per_level + index}.{place}"
-        else:
-            block_name = f"output_blocks.{int(match[3]) * per_level + index}.{place}"
-    if kind == "attentions":
-        return Origin(f"{prefix}{block_name}.{inner}")  # names inside a transformer are the same
-    module, _, leaf = inner.rpartition(".")
-    return Origin(f"{prefix}{block_name}.{_RESNET[module]}.{leaf}") if module in _RESNET else None
+Rules = Mapping[str, Callable[[re.Match[str]], str]]
+"""Pattern of a whole module path of ours -> its released path"""
 
 
-def _vae(key: str, config: VAEConfig) -> Origin | None:
-    part, _, rest = key.removeprefix("autoencoder.").partition(".")
-    prefix = f"{_VAE}{'denoise_encoder' if part == 'robust_encoder' else part}."
-    if part in ("quant_conv", "post_quant_conv"):
-        return Origin(prefix + rest)
-    if part not in ("encoder", "robust_encoder", "decoder"):
-        return None
-    module, _, leaf = rest.rpartition(".")
-    if module in ("conv_in", "conv_out"):
-        return Origin(prefix + rest)
-    if module == "conv_norm_out":
-        return Origin(f"{prefix}norm_out.{leaf}")
-    if match := re.match(r"mid_block\.attentions\.0\.(.+)$", module):
-        name = _VAE_ATTENTION.get(match[1])
-        form: Form = "pointwise" if leaf == "weight" and name != "norm" else "same"
-        return None if name is None else Origin(f"{prefix}mid.attn_1.{name}.{leaf}", form)
-    if match := re.match(r"mid_block\.resnets\.(\d)\.(\w+)$", module):
-        return Origin(f"{prefix}mid.block_{int(match[1]) + 1}.{_vae_resnet(match[2])}.{leaf}")
-    if match := re.match(r"(down|up)_blocks\.(\d+)\.(?:resnets\.(\d+)|(?:down|up)samplers\.0)\.(\w+)$", module):
-        direction, index = match[1], int(match[2])
-        level = index if direction == "down" else len(config.channels) - 1 - index
-        if match[3] is None:
-            return Origin(f"{prefix}{direction}.{level}.{direction}sample.{match[4]}.{leaf}")
-        return Origin(f"{prefix}{direction}.{level}.block.{match[3]}.{_vae_resnet(match[4])}.{leaf}")
+def _apply(rules: Rules, module: str) -> str | None:
+    for pattern, name in rules.items():
+        if match := re.fullmatch(pattern, module):
+            return name(match)
     return None
 
 
-def _vae_resnet(name: str) -> str:
-    return "nin_shortcut" if name == "conv_shortcut" else name
+def _unet(key: str, prefix: str, config: UNetConfig) -> Origin | None:
+    module, _, leaf = key.rpartition(".")
+    found = _apply(_unet_rules(config), module)
+    return None if found is None else Origin(f"{prefix}{found}.{leaf}")
+
+
+@cache
+def _unet_rules(config: UNetConfig) -> Rules:
+    per_level, last = config.resblocks + 1, len(config.channels) - 1
+
+    def up(match: re.Match[str]) -> str:
+        return f"output_blocks.{int(match[1]) * per_level + int(match[2])}"
+
+    def down(match: re.Match[str]) -> str:
+        return f"input_blocks.{1 + int(match[1]) * per_level + int(match[2])}"
+
+    def upsampler(match: re.Match[str]) -> str:
+        block = int(match[1])
+        # after the ResBlock and, where there is one, the transformer
+        place = 2 if config.transformer_depth[last - block] else 1
+        return f"output_blocks.{(block + 1) * per_level - 1}.{place}.conv"
+
+    ends = "|".join(re.escape(name) for name in _UNET_ENDS)
+    resnet = "|".join(_RESNET)
+    return {
+        f"({ends})": lambda m: _UNET_ENDS[m[1]],
+        rf"down_blocks\.(\d+)\.resnets\.(\d+)\.({resnet})": lambda m: f"{down(m)}.0.{_RESNET[m[3]]}",
+        rf"up_blocks\.(\d+)\.resnets\.(\d+)\.({resnet})": lambda m: f"{up(m)}.0.{_RESNET[m[3]]}",
+        rf"mid_block\.resnets\.([01])\.({resnet})": lambda m: f"middle_block.{2 * int(m[1])}.{_RESNET[m[2]]}",
+        # names inside a transformer are the same
+        r"down_blocks\.(\d+)\.attentions\.(\d+)\.(.+)": lambda m: f"{down(m)}.1.{m[3]}",
+        r"up_blocks\.(\d+)\.attentions\.(\d+)\.(.+)": lambda m: f"{up(m)}.1.{m[3]}",
+        r"mid_block\.attentions\.0\.(.+)": lambda m: f"middle_block.1.{m[1]}",
+        r"down_blocks\.(\d+)\.downsamplers\.0\.conv": lambda m: f"input_blocks.{(int(m[1]) + 1) * per_level}.0.op",
+        r"up_blocks\.(\d+)\.upsamplers\.0\.conv": upsampler,
+    }
+
+
+def _vae(key: str, config: VAEConfig) -> Origin | None:
+    module, _, leaf = key.removeprefix("autoencoder.").rpartition(".")
+    found = _apply(_vae_rules(len(config.channels)), module)
+    if found is None:
+        return None
+    form: Form = "pointwise" if leaf == "weight" and re.search(r"attn_1\.(q|k|v|proj_out)$", found) else "same"
+    return Origin(f"{_VAE}{found}.{leaf}", form)
+
+
+@cache
+def _vae_rules(levels: int) -> Rules:
+    networks = {"encoder": "encoder", "robust_encoder": "denoise_encoder", "decoder": "decoder"}
+    attention = "|".join(re.escape(name) for name in _VAE_ATTENTION)
+
+    def resnet(name: str) -> str:
+        return "nin_shortcut" if name == "conv_shortcut" else name
+
+    inside: Rules = {
+        "(conv_in|conv_out)": lambda m: m[1],
+        "conv_norm_out": lambda m: "norm_out",
+        rf"mid_block\.attentions\.0\.({attention})": lambda m: f"mid.attn_1.{_VAE_ATTENTION[m[1]]}",
+        r"mid_block\.resnets\.([01])\.(\w+)": lambda m: f"mid.block_{int(m[1]) + 1}.{resnet(m[2])}",
+        r"down_blocks\.(\d+)\.resnets\.(\d+)\.(\w+)": lambda m: f"down.{m[1]}.block.{m[2]}.{resnet(m[3])}",
+        r"down_blocks\.(\d+)\.downsamplers\.0\.conv": lambda m: f"down.{m[1]}.downsample.conv",
+        # the decoder's levels are numbered from the finest, its blocks run from the coarsest
+        r"up_blocks\.(\d+)\.resnets\.(\d+)\.(\w+)": (
+            lambda m: f"up.{levels - 1 - int(m[1])}.block.{m[2]}.{resnet(m[3])}"
+        ),
+        r"up_blocks\.(\d+)\.upsamplers\.0\.conv": lambda m: f"up.{levels - 1 - int(m[1])}.upsample.conv",
+    }
+
+    def network(match: re.Match[str]) -> str:
+        found = _apply(inside, match[2])
+        if found is None:
+            raise WeightsError(f"weight '{match[0]}' of the VAE has no place in the layout of the released files")
+        return f"{networks[match[1]]}.{found}"
+
+    return {"(quant_conv|post_quant_conv)": lambda m: m[1], r"(encoder|robust_encoder|decoder)\.(.+)": network}
 
 
 def _text(key: str) -> Origin | None:
     if key.startswith("clip_l."):
         return Origin(_CLIP_L + key.removeprefix("clip_l."))
-    if not key.startswith("bigg."):
-        return None
-    key = key.removeprefix("bigg.")
-    if key in _BIGG_ENDS:
-        return Origin(_BIGG + _BIGG_ENDS[key])
-    if key == "text_projection.weight":
+    if key == "bigg.text_projection.weight":
         return Origin(f"{_BIGG}text_projection", "transposed")
-    match = re.match(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$", key)
-    if match is None:
-        return None
-    block = f"{_BIGG}transformer.resblocks.{match[1]}"
-    if match[2] in _BIGG_LAYER:
-        return Origin(f"{block}.{_BIGG_LAYER[match[2]]}.{match[3]}")
-    if found := re.match(r"self_attn\.([qkv])_proj$", match[2]):
-        return Origin(f"{block}.attn.in_proj_{match[3]}", "third", "qkv".index(found[1]))
-    return None
+    fused = r"bigg\.text_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(\w+)"
+    if match := re.fullmatch(fused, key):
+        attention = f"{_BIGG}transformer.resblocks.{match[1]}.attn"
+        return Origin(f"{attention}.in_proj_{match[3]}", "third", "qkv".index(match[2]))
+    found = _apply(_bigg_rules(), key)
+    return None if found is None else Origin(_BIGG + found)
+
+
+@cache
+def _bigg_rules() -> Rules:
+    ends = "|".join(re.escape(name) for name in _BIGG_ENDS)
+    layer = "|".join(re.escape(name) for name in _BIGG_LAYER)
+    return {
+        rf"bigg\.text_model\.({ends})": lambda m: _BIGG_ENDS[m[1]],
+        rf"bigg\.text_model\.encoder\.layers\.(\d+)\.({layer})\.(\w+)": (
+            lambda m: f"transformer.resblocks.{m[1]}.{_BIGG_LAYER[m[2]]}.{m[3]}"
+        ),
+    }

@@ -23,7 +23,7 @@ def latent_noise(seed: int, draw: int, channels: int, top: int, left: int, heigh
     first_row, first_column = top // _BLOCK, left // _BLOCK
     rows = range(first_row, (top + height - 1) // _BLOCK + 1)
     columns = range(first_column, (left + width - 1) // _BLOCK + 1)
-    canvas = np.block([[[_block(seed, draw, channels, row, column)] for column in columns] for row in rows])
+    canvas = np.block([[[_block(seed, draw, channels, row, column) for column in columns] for row in rows]])
     y, x = top - first_row * _BLOCK, left - first_column * _BLOCK
     return torch.from_numpy(np.ascontiguousarray(canvas[:, y : y + height, x : x + width]))
 

@@ -16,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         default=_BESIDE_REPOSITORY,
         metavar="DIR",
-        help="folder of numbers recorded from the released SUPIR program (default: shared/vectors beside the repository)",
+        help="numbers recorded from the released SUPIR program (default: shared/vectors beside the repository)",
     )
     group.addoption(
         "--parity-table", type=Path, metavar="FILE", help="write the largest measured differences as a Markdown table"

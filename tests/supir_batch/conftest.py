@@ -72,15 +72,15 @@ def make_job(tmp_path: Path) -> MakeJob:
 
 @pytest.fixture
 def restore(make_job: MakeJob) -> Restore:
-    """Decode, let ``engine`` change the pixels of each tile, write; returns the image's outcome."""
+    """Decode, ``change`` the pixels of each tile, write; returns the image's outcome."""
 
     def run(
-        path: Path, *, engine: Callable[[FloatImage], FloatImage] = np.copy, prompt: str = "", **options: object
+        path: Path, *, change: Callable[[FloatImage], FloatImage] = np.copy, prompt: str = "", **options: object
     ) -> Outcome:
         last: Outcome | None = None
         for tile in decode(make_job(path, **options), 16):
             ticket = dataclasses.replace(tile.ticket, prompt=prompt)
-            last = write(ticket, engine(tile.pixels) if ticket.has_work else tile.pixels, tile.alpha) or last
+            last = write(ticket, change(tile.pixels) if ticket.has_work else tile.pixels, tile.alpha) or last
         assert last is not None, "no tile brought the image to its end"
         return last
 

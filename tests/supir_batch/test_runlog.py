@@ -145,9 +145,10 @@ def test_a_failed_flush_keeps_the_rows(tmp_path: Path, monkeypatch: pytest.Monke
         write(uri, data)
         raise KeyboardInterrupt  # after the rename, before the log knows
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(store, "write_atomic", fail)
+    monkeypatch.setattr(store, "write_atomic", fail)
+    with pytest.raises(KeyboardInterrupt):
         log.flush()
+    monkeypatch.undo()
     log.close()
     assert runlog.read_log(str(tmp_path)).num_rows == 1
 

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from supir_batch import __version__, driver, runlog, store
+from supir_batch.cli import app
+from supir_batch.errors import TransientStoreError
+from supir_batch.types import Job, Outcome, TileTicket
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    for name in ("a.tif", "b.png"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"pixels")
+    (tmp_path / "m.yaml").write_text("inputs: in\noutput: {uri: out}\nengine: {name: lanczos}\n")
+    return tmp_path
+
+
+def cli(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+OnRow = Callable[[dict[str, Any]], None]
+
+
+def finish(job: Job, run_id: str) -> dict[str, Any]:
+    uri = f"{job.output_stem}.tif"
+    store.write_atomic(uri, b"restored")
+    return runlog.to_row(Outcome(TileTicket(job=job), "done", uri, finished_at="2026-01-01T00:00:00"), run_id)
+
+
+def with_pipeline(monkeypatch: pytest.MonkeyPatch, work: Callable[[Sequence[Job], OnRow, str], None]) -> None:
+    """Let ``work`` take the place of the Ray stream; the whole of it is tested in test_pipeline.py."""
+    module = types.ModuleType("supir_batch.pipeline")
+    module.run = lambda jobs, runtime, on_row, run_id: work(jobs, on_row, run_id)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "supir_batch.pipeline", module)
+    monkeypatch.setattr("supir_batch.pipeline", module, raising=False)
+
+
+def all_done(jobs: Sequence[Job], on_row: OnRow, run_id: str) -> None:
+    for job in jobs:
+        on_row(finish(job, run_id))
+
+
+def test_version_and_help() -> None:
+    assert cli("--version").stdout.strip() == f"supir-batch {__version__}"
+    text = cli("--help").stdout
+    for command in ("run", "plan", "status", "show-config", "report", "Exit codes"):
+        assert command in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "none.yaml"], "error: none.yaml: no such manifest"),
+        (["plan", "{m}", "--set", "engine.stpes=2"], "engine.stpes (from --set): unknown key; did you mean 'steps'?"),
+        (["plan", "{m}", "--set", "engine"], "error: --set engine: has no '='"),
+        (["status", "{d}/nothing"], "holds no run log"),
+        (["run", "{m}", "--limit", "0"], "Invalid value for '--limit'"),
+        (["run"], "Missing argument"),
+    ],
+)
+def test_usage_and_manifest_errors_are_one_line_and_exit_2(archive: Path, arguments: list[str], message: str) -> None:
+    result = cli(*(word.format(m=archive / "m.yaml", d=archive) for word in arguments))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback(archive: Path) -> None:
+    assert "Traceback" in cli("plan", "none.yaml", "--debug").stderr
+
+
+def test_plan_says_what_would_be_done_and_writes_nothing(archive: Path) -> None:
+    (archive / "in" / "empty.jpg").write_bytes(b"")
+    (archive / "in" / "note.txt").write_bytes(b"x")
+    result = cli("plan", str(archive / "m.yaml"))
+    assert result.exit_code == 0
+    assert "to do    2\n  2 new\ndone     0\nrefused  1\n" in result.stdout
+    assert "ignored  1 (.txt 1)" in result.stdout
+    data = json.loads(cli("plan", str(archive / "m.yaml"), "--json").stdout)
+    assert [entry["reason"] for entry in data["todo"]] == ["new", "new"]
+    assert data["refused"][0]["kind"] == "empty"
+    assert not (archive / "out").exists()
+
+
+def test_show_config(archive: Path) -> None:
+    result = cli("show-config", str(archive / "m.yaml"), "--set", "engine.name=supir", "--set", "engine.steps=7")
+    assert "engine.steps = 7  # flag\n" in result.stdout
+    assert "engine.cfg_end = 1.5  # preset fidelity of tiny\n" in result.stdout
+    data = json.loads(cli("show-config", str(archive / "m.yaml"), "--json").stdout)
+    assert {"key": "engine.upscale", "value": 1.0, "origin": "default"} in data
+
+
+def test_run_then_run_again(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_pipeline(monkeypatch, all_done)
+    manifest = str(archive / "m.yaml")
+    result = cli("run", manifest, "--set", "engine.upscale=2")
+    assert result.exit_code == 0, result.stderr
+    assert "done     2\n" in result.stdout
+    assert f"next     supir-batch report {archive}/out" in result.stdout
+    copied = next((archive / "out" / "_runs").glob("*/manifest.yaml")).read_text()
+    assert copied.startswith(f"# supir-batch {__version__} ran m.yaml\n# engine.upscale = 2.0 (flag)\ninputs: in\n")
+
+    again = json.loads(cli("run", manifest, "--set", "engine.upscale=2", "--json").stdout)
+    assert (again["done"], again["skipped"], again["log"], again["exit_code"]) == (0, 2, None, 0)
+    changed = cli("run", manifest)
+    assert "2 again, settings changed: upscale: 2 -> 1" in changed.stderr
+
+
+def test_failures_are_logged_counted_and_exit_3(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_pipeline(monkeypatch, all_done)
+    (archive / "in" / "empty.jpg").write_bytes(b"")
+    result = cli("run", str(archive / "m.yaml"))
+    assert result.exit_code == 3
+    assert "failed   1 (empty 1)" in result.stdout
+    assert "failed: " in result.stderr
+    status = json.loads(cli("status", str(archive / "m.yaml"), "--json").stdout)
+    assert (status["images"], status["done"], status["failed"]) == (3, 2, {"empty": 1})
+    assert "is 0 bytes" in cli("status", str(archive / "out")).stdout
+
+
+def test_limit_leaves_the_rest_for_the_next_run(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_pipeline(monkeypatch, all_done)
+    manifest = str(archive / "m.yaml")
+    first = cli("run", manifest, "--limit", "1")
+    assert first.exit_code == 4
+    assert "left     1" in first.stdout
+    assert f"next     supir-batch run {manifest} --limit 1" in first.stdout
+    assert cli("run", manifest, "--limit", "1").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (TransientStoreError("s3://b/k: cannot write it: slow down"), "error: s3://b/k: cannot write it: slow down"),
+        (RuntimeError("many\nlines\nthe cause"), "error: unexpected RuntimeError: the cause"),
+    ],
+)
+def test_what_stops_the_stream_exits_4_with_the_log_written(
+    archive: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def breaks(jobs: Sequence[Job], on_row: OnRow, run_id: str) -> None:
+        on_row(finish(jobs[0], run_id))
+        raise error
+
+    with_pipeline(monkeypatch, breaks)
+    result = cli("run", str(archive / "m.yaml"))
+    assert result.exit_code == 4
+    assert message in result.stderr
+    assert "done     1\n" in result.stdout
+    assert "left     1\n" in result.stdout
+    assert runlog.read_log(str(archive / "out")).num_rows == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_in_order(archive: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    def waits(jobs: Sequence[Job], on_row: OnRow, run_id: str) -> None:
+        on_row(finish(jobs[0], run_id))
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        time.sleep(20)
+
+    with_pipeline(monkeypatch, waits)
+    before = signal.getsignal(number)
+    result = cli("run", str(archive / "m.yaml"))
+    assert result.exit_code == 128 + number
+    assert f"next     supir-batch run {archive}/m.yaml" in result.stdout
+    assert runlog.read_log(str(archive / "out")).num_rows == 1
+    assert signal.getsignal(number) == before
+
+
+def test_rays_own_answer_to_sigterm_counts_as_the_signal(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exits(jobs: Sequence[Job], on_row: OnRow, run_id: str) -> None:
+        sys.exit(15)
+
+    with_pipeline(monkeypatch, exits)
+    assert cli("run", str(archive / "m.yaml")).exit_code == 143
+
+
+def test_stale_temps_are_gone_after_a_run(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_pipeline(monkeypatch, all_done)
+    (archive / "out").mkdir()
+    (archive / "out" / ".a.tif.00000000.partial").write_bytes(b"half")
+    cli("run", str(archive / "m.yaml"))
+    assert not list((archive / "out").glob(".*"))
+
+
+def test_an_output_that_cannot_be_looked_up_is_worth_another_try(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(uri: str) -> None:
+        raise TransientStoreError(f"{uri}: cannot list it: timed out")
+
+    monkeypatch.setattr(store, "list_tree", unreachable)
+    assert cli("plan", str(archive / "m.yaml")).exit_code == 4
+
+
+def test_exit_codes() -> None:
+    def code(**values: Any) -> int:
+        given = dict(done=1, recovered=0, failed={}, skipped=0, left=0, seconds=1.0) | values
+        return driver.Summary("out", "log", **given).exit_code
+
+    assert [code(), code(failed={"x": 1}), code(left=1), code(left=1, failed={"x": 1})] == [0, 3, 4, 4]
+    assert [code(error=ValueError()), code(stopped_by=2), code(stopped_by=15)] == [4, 130, 143]

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image, ImageOps
+
+from supir_batch import color
+from supir_batch.decode import DecodedTile, decode
+from supir_batch.types import Job, Outcome
+
+MakeJob = Callable[..., Job]
+
+
+def _only(job: Job) -> DecodedTile:
+    tiles = list(decode(job, 16))
+    assert len(tiles) == 1
+    return tiles[0]
+
+
+def _failed(job: Job) -> str:
+    tile = _only(job)
+    assert tile.ticket.failure is not None
+    assert tile.ticket.failure.stage == "decode"
+    assert tile.ticket.failure.message.startswith(f"list.csv:2: {job.source.uri}: ")
+    assert tile.pixels.size == tile.alpha.size == tile.preview.size == 0
+    return tile.ticket.failure.kind
+
+
+def _noise(rng: np.random.Generator, height: int, width: int, bands: int, depth: int = 8) -> np.ndarray:
+    levels = rng.integers(0, 2**depth, (height, width, bands))
+    return levels.astype(np.uint8 if depth == 8 else np.uint16)
+
+
+def test_pixels_are_srgb_floats_and_facts_are_complete(
+    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator
+) -> None:
+    path = tmp_path / "a.png"
+    levels = _noise(rng, 30, 40, 3)
+    Image.fromarray(levels).save(path)
+    tile = _only(make_job(path))
+    np.testing.assert_array_equal(np.rint(tile.pixels * 255), levels)
+    assert tile.pixels.dtype == np.float32
+    facts = tile.ticket.facts
+    assert facts is not None
+    assert facts.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (facts.width, facts.height, facts.bands, facts.bit_depth) == (40, 30, 3, 8)
+    assert tile.ticket.fingerprint
+    assert [record.stage for record in tile.ticket.records] == ["decode"]
+    assert tile.alpha.size == 0
+
+
+def test_geometry_is_rounded_size_times_upscale(tmp_path: Path, make_job: MakeJob) -> None:
+    path = tmp_path / "a.png"
+    Image.new("L", (33, 7)).save(path)
+    tile = _only(make_job(path, upscale=1.5, min_size=64))
+    facts = tile.ticket.facts
+    assert facts is not None
+    assert (facts.output_width, facts.output_height) == (round(33 * 1.5), round(7 * 1.5))
+    assert min(facts.work_width, facts.work_height) == 64
+    assert tile.pixels.shape == (facts.work_height, facts.work_width, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_once(
+    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator, orientation: int
+) -> None:
+    path = tmp_path / "a.png"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(_noise(rng, 12, 20, 3)).save(path, exif=exif)
+    with Image.open(path) as stored:
+        upright = np.asarray(ImageOps.exif_transpose(stored))
+    np.testing.assert_array_equal(np.rint(_only(make_job(path)).pixels * 255), upright)
+
+
+def test_alpha_travels_beside(tmp_path: Path, make_job: MakeJob, rng: np.random.Generator) -> None:
+    path = tmp_path / "a.png"
+    levels = _noise(rng, 20, 24, 4)
+    Image.fromarray(levels).save(path)
+    tile = _only(make_job(path))
+    np.testing.assert_array_equal(np.rint(tile.alpha * 255), levels[..., 3])
+    np.testing.assert_array_equal(np.rint(tile.pixels * 255), levels[..., :3])
+
+
+def test_cmyk_becomes_rgb_and_says_so(tmp_path: Path, make_job: MakeJob) -> None:
+    path = tmp_path / "a.jpg"
+    Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(path, quality=95)
+    tile = _only(make_job(path))
+    assert tile.ticket.facts is not None
+    assert tile.ticket.facts.bands == 3
+    assert "CMYK" in tile.ticket.facts.notes[0]
+    red, green, blue = tile.pixels.mean(axis=(0, 1))
+    assert red > 0.7
+    assert max(green, blue) < 0.4
+
+
+def test_an_icc_profile_is_honored(tmp_path: Path, make_job: MakeJob) -> None:
+    path = tmp_path / "a.png"
+    icc = bytes(imagecodecs.cms_profile("adobergb"))
+    levels = np.full((8, 8, 3), (60, 180, 60), np.uint8)
+    Image.fromarray(levels).save(path, icc_profile=icc)
+    tile = _only(make_job(path))
+    expected = color.to_srgb((levels / 255).astype(np.float32), icc)
+    np.testing.assert_allclose(tile.pixels, expected, atol=1e-6)
+    assert np.abs(tile.pixels - levels / 255).max() > 0.1
+    assert tile.ticket.facts is not None
+    assert tile.ticket.facts.icc == icc
+
+
+def test_a_profile_that_does_not_fit_is_noted(tmp_path: Path, make_job: MakeJob) -> None:
+    path = tmp_path / "a.tif"
+    icc = bytes(imagecodecs.cms_profile("gray", gamma=2.2))
+    tifffile.imwrite(path, np.zeros((4, 4, 3), np.uint8), photometric="rgb", iccprofile=icc, metadata=None)
+    facts = _only(make_job(path)).ticket.facts
+    assert facts is not None
+    assert facts.icc is None
+    assert "GRAY" in facts.notes[0]
+
+
+def test_the_preview_shows_the_whole_image_at_most_512_wide(tmp_path: Path, make_job: MakeJob) -> None:
+    path = tmp_path / "a.png"
+    Image.new("L", (1000, 300), 128).save(path)
+    tiles = list(decode(make_job(path, max_pixels=400 * 400), 16))
+    assert len(tiles) > 1
+    assert all(tile.preview.shape == (154, 512, 3) for tile in tiles)
+
+
+def test_a_large_image_is_cut_at_multiples_of_the_alignment(
+    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator
+) -> None:
+    path = tmp_path / "a.png"
+    levels = _noise(rng, 300, 200, 4)
+    Image.fromarray(levels).save(path)
+    tiles = list(decode(make_job(path, max_pixels=150 * 150), 16))
+    for tile in tiles:
+        box = tile.ticket.box
+        assert box is not None
+        assert box.count == len(tiles) > 1
+        assert box.x % 16 == box.y % 16 == 0
+        part = levels[box.y : box.y + box.height, box.x : box.x + box.width]
+        np.testing.assert_array_equal(np.rint(tile.pixels * 255), part[..., :3])
+        np.testing.assert_array_equal(np.rint(tile.alpha * 255), part[..., 3])
+
+
+# ---------------------------------------------------------------------------------------- traps of the image libraries
+
+
+def test_a_zstd_tiff_is_read_and_not_all_zeros(tmp_path: Path, make_job: MakeJob, rng: np.random.Generator) -> None:
+    path = tmp_path / "a.tif"
+    levels = _noise(rng, 32, 48, 1, 16)[..., 0]
+    tifffile.imwrite(path, levels, compression="zstd", metadata=None)
+    tile = _only(make_job(path))
+    np.testing.assert_array_equal(np.rint(tile.pixels[..., 0].astype(np.float64) * 65535), levels)
+    assert tile.ticket.facts is not None
+    assert "read by tifffile" in tile.ticket.facts.notes[0]
+
+
+def test_a_healthy_tiff_with_unsorted_tags_is_read(tmp_path: Path, make_job: MakeJob, rng: np.random.Generator) -> None:
+    path = tmp_path / "a.tif"
+    levels = _noise(rng, 32, 48, 3)
+    tifffile.imwrite(path, levels, photometric="rgb", metadata=None, byteorder="<", software="x")
+    data = bytearray(path.read_bytes())
+    (start,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, start)
+    first, last = start + 2, start + 2 + 12 * (count - 1)
+    data[first : first + 12], data[last : last + 12] = data[last : last + 12], data[first : first + 12]
+    path.write_bytes(data)
+    tile = _only(make_job(path))
+    assert tile.ticket.failure is None
+    np.testing.assert_array_equal(np.rint(tile.pixels * 255), levels)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("strips.tif", {"compression": "deflate"}),
+        ("tiled.tif", {"compression": "deflate", "tile": (64, 64)}),
+        ("plain.tif", {"tile": (64, 64)}),
+        ("a.jpg", {}),
+        ("a.png", {}),
+        ("a.webp", {}),
+        ("a.avif", {}),
+    ],
+)
+def test_a_truncated_image_fails(
+    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator, name: str, options: dict[str, object]
+) -> None:
+    path = tmp_path / name
+    levels = _noise(rng, 256, 256, 3)
+    if name.endswith(".tif"):
+        tifffile.imwrite(path, levels, photometric="rgb", metadata=None, **options)
+    else:
+        Image.fromarray(levels).save(path)
+    assert _only(make_job(path)).ticket.failure is None
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    assert _failed(make_job(path)) == "truncated"
+
+
+def test_a_flipped_byte_in_an_lzw_tiff_is_seen_by_its_hash_alone(
+    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator
+) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, _noise(rng, 64, 64, 1)[..., 0], compression="lzw", metadata=None)
+    good = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert _only(make_job(path, sha256=good.upper())).ticket.failure is None
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert _failed(make_job(path, sha256=good)) == "hash-mismatch"
+
+
+def test_a_rewritten_file_gives_its_new_pixels(tmp_path: Path, make_job: MakeJob) -> None:
+    path = tmp_path / "a.png"
+    for level in (10, 200):
+        Image.new("L", (16, 16), level).save(path)
+        assert np.rint(_only(make_job(path)).pixels * 255).max() == level
+
+
+# ------------------------------------------------------------------------------------------------ nothing escapes
+
+
+def test_a_missing_file(tmp_path: Path, make_job: MakeJob) -> None:
+    assert _failed(make_job(tmp_path / "nowhere.tif")) == "missing"
+
+
+def test_an_empty_file(tmp_path: Path, make_job: MakeJob) -> None:
+    (tmp_path / "a.tif").touch()
+    assert _failed(make_job(tmp_path / "a.tif")) == "empty"
+
+
+@pytest.mark.parametrize(("error", "kind"), [(MemoryError(), "out-of-memory"), (RuntimeError("odd"), "internal")])
+def test_no_exception_leaves(
+    tmp_path: Path, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str
+) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(path)
+
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("supir_batch.color.measure_tone", fail)
+    assert _failed(make_job(path)) == kind
+
+
+def test_what_is_committed_is_not_decoded_again(
+    tmp_path: Path, make_job: MakeJob, restore: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (40, 40), "teal").save(path)
+    first = restore(path)
+    monkeypatch.setattr("supir_batch.color.measure_tone", None)  # decoding would call it
+    tile = _only(make_job(path))
+    assert tile.ticket.recovered
+    assert tile.ticket.fingerprint == first.ticket.fingerprint
+    assert tile.pixels.size == 0
+
+
+def test_the_source_is_left_as_it_was(tmp_path: Path, make_job: MakeJob) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.zeros((8, 8), np.uint8), metadata=None)
+    path.chmod(0o400)
+    before = (path.read_bytes(), path.stat().st_mtime_ns)
+    assert _only(make_job(path)).ticket.failure is None
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from supir_batch import runlog, store
+from supir_batch.errors import ManifestError
+from supir_batch.plan import Plan, make_plan
+from supir_batch.settings import Manifest
+from supir_batch.types import Failure, Job, Outcome, TileTicket
+
+
+class Archive:
+    """An input folder, an output folder, and the log of runs that never ran."""
+
+    def __init__(self, folder: Path) -> None:
+        self.input, self.output = folder / "in", folder / "out"
+        self.runs = 0
+
+    def add(self, *names: str, data: bytes = b"pixels") -> None:
+        for name in names:
+            path = self.input / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+    def plan(self, inputs: str | None = None, model: str = "model", **sections: Any) -> Plan:
+        output = {"uri": str(self.output)} | sections.pop("output", {})
+        values = {"inputs": inputs or str(self.input), "output": output, **sections}
+        return make_plan(Manifest.model_validate(values), "m.yaml", model)
+
+    def did(self, job: Job, status: str = "done") -> None:
+        """Log the job; write its output when it is done."""
+        self.runs += 1
+        failure = None
+        if status == "done":
+            store.write_atomic(f"{job.output_stem}.tif", b"restored")
+        else:
+            failure = Failure("decode", "truncated", "a.tif: is cut off")
+        ticket = TileTicket(job=job, failure=failure, fingerprint="f")
+        ended = Outcome(
+            ticket,
+            "done" if status == "done" else "failed",
+            output_uri=f"{job.output_stem}.tif" if status == "done" else "",
+            finished_at=f"2026-01-01T00:00:{self.runs:02d}",
+        )
+        with runlog.RunLog(str(self.output), f"run{self.runs}") as log:
+            log.append(runlog.to_row(ended, f"run{self.runs}"))
+
+    def did_all(self, plan: Plan) -> None:
+        for entry in plan.todo:
+            self.did(entry.job)
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Archive:
+    made = Archive(tmp_path)
+    made.add("a.tif", "box/b.png")
+    return made
+
+
+def reasons(plan: Plan) -> dict[str, str]:
+    return {entry.job.source.id: entry.reason for entry in plan.todo}
+
+
+def test_first_everything_is_new_and_nothing_is_written(archive: Archive) -> None:
+    plan = archive.plan()
+    assert reasons(plan) == {"a.tif": "new", "box/b.png": "new"}
+    assert [entry.job.output_stem for entry in plan.todo] == [
+        str(archive.output / "a"),
+        str(archive.output / "box" / "b"),
+    ]
+    assert plan.todo[0].job.scratch_uri == str(archive.output / "_parts")
+    assert plan.todo[0].job.settings.model_sha256 == "model"
+    assert not archive.output.exists()
+
+
+def test_then_nothing_is_to_do(archive: Archive) -> None:
+    archive.did_all(archive.plan())
+    plan = archive.plan()
+    assert plan.todo == ()
+    assert [entry.output_uri for entry in plan.done] == [
+        str(archive.output / "a.tif"),
+        str(archive.output / "box" / "b.tif"),
+    ]
+
+
+def test_a_changed_setting_is_new_work_and_says_so(archive: Archive) -> None:
+    archive.did_all(archive.plan(engine={"steps": 10}))
+    plan = archive.plan(engine={"steps": 20, "cfg_end": 2.5})
+    assert set(reasons(plan).values()) == {"settings changed: steps: 10 -> 20; cfg_end: 1.5 -> 2.5"}
+    assert plan.changed == {"settings changed: steps: 10 -> 20; cfg_end: 1.5 -> 2.5": 2}
+    assert reasons(archive.plan(engine={"steps": 10}, model="other"))["a.tif"] == (
+        "settings changed: model_sha256: model -> other"
+    )
+
+
+def test_going_back_to_old_settings_is_new_work_too(archive: Archive) -> None:
+    for steps in (10, 20):
+        archive.did_all(archive.plan(engine={"steps": steps}))
+    plan = archive.plan(engine={"steps": 10})
+    assert set(reasons(plan).values()) == {"settings changed: steps: 20 -> 10"}
+
+
+def test_runtime_is_not_a_setting(archive: Archive) -> None:
+    archive.did_all(archive.plan())
+    assert archive.plan(runtime={"actors": 4, "batch": 8}, name="other").todo == ()
+
+
+def test_a_changed_source_is_new_work(archive: Archive) -> None:
+    archive.did_all(archive.plan())
+    archive.add("a.tif", data=b"other pixels")
+    assert reasons(archive.plan()) == {"a.tif": "source changed"}
+
+
+def test_a_touched_source_is_looked_at_again(archive: Archive) -> None:
+    archive.did_all(archive.plan())
+    os.utime(archive.input / "a.tif", ns=(1, 1))
+    assert reasons(archive.plan()) == {"a.tif": "source changed"}
+
+
+def test_a_missing_output_and_a_failure_are_to_do(archive: Archive) -> None:
+    first = archive.plan()
+    archive.did(first.todo[0].job)
+    archive.did(first.todo[1].job, "failed")
+    (archive.output / "a.tif").unlink()
+    assert reasons(archive.plan()) == {"a.tif": "output missing", "box/b.png": "failed before: truncated"}
+
+
+def test_a_file_of_the_right_name_is_not_done(archive: Archive) -> None:
+    store.write_atomic(str(archive.output / "a.tif"), b"from elsewhere")
+    assert reasons(archive.plan())["a.tif"] == "new"
+
+
+def test_another_name_is_new_work(archive: Archive) -> None:
+    archive.did_all(archive.plan())
+    plan = archive.plan(output={"naming": "{stem}_{engine}_x{upscale}"})
+    assert reasons(plan)["a.tif"] == "output name changed"
+    assert plan.todo[1].job.output_stem == str(archive.output / "box" / "b_supir_x1")
+
+
+def test_outputs_inside_the_input_are_not_restored_again(archive: Archive) -> None:
+    archive.output = archive.input / "restored"
+    archive.did_all(archive.plan())
+    plan = archive.plan()
+    assert (len(plan.todo), len(plan.done)) == (0, 2)
+
+
+def test_naming_by_id(archive: Archive) -> None:
+    plan = archive.plan(output={"naming": "{id}"})
+    assert plan.todo[1].job.output_stem == str(archive.output / "box" / "box_b")
+
+
+@pytest.mark.parametrize(("one", "two"), [("x.tif", "x.png"), ("x.tif", "X.jpg"), ("é.tif", "e\u0301.png")])
+def test_two_sources_that_would_write_one_output(archive: Archive, one: str, two: str) -> None:
+    archive.add(one, two)
+    with pytest.raises(ManifestError) as caught:
+        archive.plan()
+    assert "would both be written to" in str(caught.value)
+    assert str(archive.input / one) in str(caught.value)
+    assert str(archive.input / two) in str(caught.value)
+
+
+def test_two_rows_that_would_write_one_output_are_named(archive: Archive) -> None:
+    archive.add("a.png")
+    (archive.input / "list.csv").write_text("uri\na.tif\na.png\n")
+    with pytest.raises(ManifestError, match=r"list\.csv:2 \(.*\) and list\.csv:3 \(.*\) would both be written"):
+        archive.plan(str(archive.input / "list.csv"))
+
+
+@pytest.mark.parametrize("output_format", ["source", "tiff"])
+def test_an_output_never_overwrites_an_input(archive: Archive, output_format: str) -> None:
+    archive.output = archive.input
+    with pytest.raises(ManifestError, match="would overwrite the input"):
+        archive.plan(str(archive.input / "a.tif"), output={"format": output_format})
+    archive.plan(str(archive.input / "a.tif"), output={"format": "png"})
+    archive.plan(str(archive.input / "a.tif"), output={"naming": "{stem}-restored"})
+
+
+def test_an_output_never_overwrites_an_input_through_a_link(archive: Archive, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(archive.input)
+    archive.output = tmp_path / "link"
+    with pytest.raises(ManifestError, match="would overwrite the input"):
+        archive.plan(str(archive.input / "a.tif"))
+
+
+def test_the_folders_of_the_log_are_reserved(archive: Archive) -> None:
+    archive.add("_runs/a.tif")
+    with pytest.raises(ManifestError, match="would be written below _runs, which is reserved"):
+        archive.plan()
+
+
+def test_refused_sources_keep_their_settings_for_the_log(archive: Archive) -> None:
+    archive.add("empty.tif", data=b"")
+    for mode in ("attributes", "manifest", "sidecar"):
+        (archive.input / "list.csv").write_text("uri,prompt\nempty.tif,\na.tif,x\n")
+        plan = archive.plan(str(archive.input / "list.csv"), caption={"mode": mode})
+        assert [(entry.job.source.id, entry.failure.kind) for entry in plan.refused] == [("empty.tif", "empty")]
+        assert len(plan.todo) == 1
+
+
+def test_a_refusal_that_was_mended_says_why_it_runs(archive: Archive) -> None:
+    archive.add("c.tif", data=b"")
+    plan = archive.plan()
+    with runlog.RunLog(str(archive.output), "r") as log:
+        for job, failure in plan.refused:
+            ended = Outcome(TileTicket(job=job, failure=failure), "failed", finished_at="2026-01-01T00:00:00")
+            log.append(runlog.to_row(ended, "r"))
+    archive.add("c.tif")
+    assert reasons(archive.plan())["c.tif"] == "source changed"
+
+
+def test_sidecar_captions(archive: Archive) -> None:
+    archive.add("a.tif.txt", data=b"a boat\n")
+    archive.add("c.jpg", "d.jpg")
+    archive.add("c.txt", data=b"a cat")
+    archive.add("d.txt", data=b"\xff")
+    plan = archive.plan(caption={"mode": "sidecar"})
+    prompts = {entry.job.source.id: entry.job.settings.prompt for entry in plan.todo}
+    assert prompts == {"a.tif": "a boat", "c.jpg": "a cat"}
+    kinds = {entry.job.source.id: entry.failure.kind for entry in plan.refused}
+    assert kinds == {"box/b.png": "no-caption", "d.jpg": "unreadable-caption"}
+    assert "expects b.png.txt or b.txt" in plan.refused[0].failure.message
+
+
+def test_every_missing_prompt_is_named(archive: Archive) -> None:
+    with pytest.raises(ManifestError) as caught:
+        archive.plan(caption={"mode": "manifest"})
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@hypothesis_settings(deadline=None, max_examples=25)
+@given(done=st.sets(st.integers(0, 5)), changed=st.sets(st.integers(0, 5)))
+def test_todo_done_and_refused_are_a_partition(
+    tmp_path_factory: pytest.TempPathFactory, done: set[int], changed: set[int]
+) -> None:
+    archive = Archive(tmp_path_factory.mktemp("archive"))
+    archive.add(*(f"{i}.tif" for i in range(6)))
+    for index, entry in enumerate(archive.plan().todo):
+        if index in done:
+            archive.did(entry.job)
+    for index in changed:
+        archive.add(f"{index}.tif", data=b"new bytes")
+    plan = archive.plan()
+    finished = {entry.job.source.id for entry in plan.done}
+    assert finished == {f"{i}.tif" for i in done - changed}
+    assert finished | set(reasons(plan)) == {f"{i}.tif" for i in range(6)}
