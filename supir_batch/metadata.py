@@ -41,6 +41,7 @@ OWN_NAMESPACE = "urn:x-supir-batch:ns:1.0/"
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _XMLNS = "http://www.w3.org/2000/xmlns/"
 _NAMESPACES = {
+    "rdf": _RDF,
     "dc": "http://purl.org/dc/elements/1.1/",
     "xmp": "http://ns.adobe.com/xap/1.0/",
     "xmpMM": "http://ns.adobe.com/xap/1.0/mm/",
@@ -186,7 +187,7 @@ def build_xmp(source: SourceMetadata, record: ProvenanceRecord) -> tuple[bytes, 
     try:
         document = _parse(source.xmp)
     except (ExpatError, ValueError) as error:
-        document = minidom.parseString(_NO_XMP)
+        document = _parse(b"")
         notes = (f"the source's XMP packet is not valid and was left out ({error})",)
     editor = _Xmp(document)
     for prefix, name in _STALE_XMP:
@@ -359,22 +360,41 @@ def _parse(packet: bytes) -> minidom.Document:
     roots = document.getElementsByTagNameNS(_RDF, "RDF")
     if not roots:
         raise ValueError("it has no rdf:RDF element")
-    if roots[0].prefix != "rdf":
-        _use_common_rdf_prefix(document, roots[0])
+    _use_common_prefixes(document, roots[0])
     return document
 
 
-def _use_common_rdf_prefix(document: minidom.Document, root: minidom.Element) -> None:
-    """Spell RDF names ``rdf:``, whatever prefix the source chose: widespread readers see nothing in any other."""
-    for element in (root, *root.getElementsByTagName("*")):
-        for attribute in [element.getAttributeNode(name) for name in list(element.attributes.keys())]:
-            if attribute is not None and attribute.namespaceURI == _RDF:
-                document.renameNode(attribute, _RDF, f"rdf:{attribute.localName}")
-        if element.namespaceURI == _RDF:
-            document.renameNode(element, _RDF, f"rdf:{element.localName}")
-    for name in [name for name, value in root.attributes.items() if name.startswith("xmlns:") and value == _RDF]:
-        root.removeAttribute(name)
-    root.setAttributeNS(_XMLNS, "xmlns:rdf", _RDF)
+def _use_common_prefixes(document: minidom.Document, root: minidom.Element) -> None:
+    """Spell every known namespace with its usual prefix, declared once on ``root`` (the rdf:RDF element).
+
+    XML does not care, but widespread readers reject a packet in which one namespace has two prefixes, and see nothing
+    in one that does not spell RDF ``rdf``. Raises ValueError if a usual prefix stands for something else.
+    """
+    usual = {uri: prefix for prefix, uri in _NAMESPACES.items()}
+    elements: list[minidom.Element] = [*document.getElementsByTagName("*")]
+    for element in elements:
+        for name, value in list(element.attributes.items()):
+            attribute = element.getAttributeNode(name)
+            if attribute is None:
+                continue
+            if attribute.namespaceURI == _XMLNS:
+                if value in usual:
+                    element.removeAttributeNode(attribute)
+                elif attribute.localName in _NAMESPACES:
+                    raise ValueError(f"it uses the prefix {attribute.localName} for {value}")
+            elif attribute.namespaceURI in usual:
+                document.renameNode(
+                    attribute, attribute.namespaceURI, f"{usual[attribute.namespaceURI]}:{_local(name)}"
+                )
+        if element.namespaceURI in usual:
+            name = f"{usual[element.namespaceURI]}:{_local(element.tagName)}"
+            document.renameNode(element, element.namespaceURI, name)
+    for prefix, uri in _NAMESPACES.items():
+        root.setAttributeNS(_XMLNS, f"xmlns:{prefix}", uri)
+
+
+def _local(name: str) -> str:
+    return name.rpartition(":")[2]
 
 
 def _packet(document: minidom.Document) -> bytes:
@@ -385,8 +405,7 @@ def _packet(document: minidom.Document) -> bytes:
 class _Xmp:
     """Edits the properties of one parsed XMP packet.
 
-    A property can be an attribute or a child of any ``rdf:Description``; ours all go into one description of their
-    own, which declares its own prefixes, so that it cannot clash with the source's.
+    A property can be an attribute or a child of any ``rdf:Description``; ours go into one description of their own.
     """
 
     def __init__(self, document: minidom.Document) -> None:
@@ -399,10 +418,7 @@ class _Xmp:
         ]
         about = self._descriptions[0].getAttributeNS(_RDF, "about") if self._descriptions else ""
         own = document.createElementNS(_RDF, "rdf:Description")
-        own.setAttributeNS(_XMLNS, "xmlns:rdf", _RDF)
         own.setAttributeNS(_RDF, "rdf:about", about)
-        for prefix, uri in _NAMESPACES.items():
-            own.setAttributeNS(_XMLNS, f"xmlns:{prefix}", uri)
         rdf.appendChild(own)
         self._own = own
 
@@ -456,14 +472,11 @@ class _Xmp:
     def append_event(self, fields: dict[str, str]) -> None:
         """Append to xmpMM:History, which keeps what the source had."""
         uri = _NAMESPACES["xmpMM"]
-        # added where the source's events stand, as moving those could take them away from the prefixes they use
         lists = [found for e in self._elements(uri, "History") for found in e.getElementsByTagNameNS(_RDF, "Seq")]
         if not lists:
             self.remove("xmpMM", "History")
             lists = [self._array(uri, "xmpMM:History", "rdf:Seq")]
         event = self._document.createElementNS(_RDF, "rdf:li")
-        event.setAttributeNS(_XMLNS, "xmlns:rdf", _RDF)
-        event.setAttributeNS(_XMLNS, "xmlns:stEvt", _NAMESPACES["stEvt"])
         self._fill(event, "stEvt", fields)
         lists[0].appendChild(event)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBar
 
 
@@ -63,18 +63,16 @@ class Tally:
 
 
 class BarProgress:
-    """A bar with images, megapixels/s, failures, elapsed and remaining time; failures are printed above it."""
+    """A bar with images, megapixels/s, failures and remaining time; failures are printed above it."""
 
     def __init__(self, total: int) -> None:
         self._tally = Tally(total)
         self._bar = RichBar(
-            TextColumn("restoring"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("images  {task.fields[rate]:.2f} megapixels/s  {task.fields[failed]} failed "),
-            TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("images, {task.fields[rate]:.2f} megapixels/s, {task.fields[failed]} failed,"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=Console(stderr=True),
         )
         self._task = self._bar.add_task("", total=total, rate=0.0, failed=0)

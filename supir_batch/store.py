@@ -164,7 +164,7 @@ def glob_root(pattern: str) -> str:
 
 def find(uri: str) -> ObjectInfo | None:
     """What is at ``uri``; None when nothing is. Raises StoreError for a folder or when it cannot be looked up."""
-    with _errors(uri, "look up"):
+    with _errors(uri, "reach"):
         if is_local(uri):
             path = local_path(uri)
             try:
@@ -194,13 +194,13 @@ def info(uri: str) -> ObjectInfo:
 
 def exists(uri: str) -> bool:
     """Whether an object (not a folder) is at ``uri``."""
-    with _errors(uri, "look up"):
+    with _errors(uri, "reach"):
         return _remote_type(uri) not in (None, "directory") if not is_local(uri) else local_path(uri).is_file()
 
 
 def is_folder(uri: str) -> bool:
     """Whether ``uri`` is a folder, or a prefix with objects below it."""
-    with _errors(uri, "look up"):
+    with _errors(uri, "reach"):
         return _remote_type(uri) == "directory" if not is_local(uri) else local_path(uri).is_dir()
 
 
@@ -398,7 +398,7 @@ def _walk(uri: str, folder: Path) -> Iterator[ObjectInfo]:
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(child, Path(entry.path))
         elif not entry.is_dir():
-            with _errors(child, "look up"):
+            with _errors(child, "reach"):
                 listed = _local_info(child, Path(entry.path))
             yield listed
 

@@ -168,8 +168,8 @@ def _connector_count(config: ModelConfig) -> int:
     return 1 + levels * (config.unet.resblocks + 1) + attended
 
 
-Rules = Mapping[str, Callable[[re.Match[str]], str]]
-"""Pattern of a whole module path of ours -> its released path"""
+Rules = Mapping[str, Callable[[re.Match[str]], str | None]]
+"""Pattern of a whole module path of ours -> its released path, None if it has none"""
 
 
 def _apply(rules: Rules, module: str) -> str | None:
@@ -248,11 +248,9 @@ def _vae_rules(levels: int) -> Rules:
         r"up_blocks\.(\d+)\.upsamplers\.0\.conv": lambda m: f"up.{levels - 1 - int(m[1])}.upsample.conv",
     }
 
-    def network(match: re.Match[str]) -> str:
+    def network(match: re.Match[str]) -> str | None:
         found = _apply(inside, match[2])
-        if found is None:
-            raise WeightsError(f"weight '{match[0]}' of the VAE has no place in the layout of the released files")
-        return f"{networks[match[1]]}.{found}"
+        return None if found is None else f"{networks[match[1]]}.{found}"
 
     return {"(quant_conv|post_quant_conv)": lambda m: m[1], r"(encoder|robust_encoder|decoder)\.(.+)": network}
 

@@ -57,9 +57,7 @@ def test_rounding_is_to_the_nearest_level() -> None:
 
 @pytest.mark.parametrize("file_format", ["tiff", "png", "jpeg"])
 @pytest.mark.parametrize("dpi", [None, (600.0, 300.0)])
-def test_resolution_and_profile(
-    tmp_path: Path, file_format: OutputFormat, dpi: tuple[float, float] | None
-) -> None:
+def test_resolution_and_profile(tmp_path: Path, file_format: OutputFormat, dpi: tuple[float, float] | None) -> None:
     path = tmp_path / f"a{encode.EXTENSIONS[file_format]}"
     icc = bytes(imagecodecs.cms_profile("adobergb"))
     encode.encode(np.full((9, 9, 3), 0.5, np.float32), NONE, path, FileSpec(file_format, 8, icc=icc, dpi=dpi))

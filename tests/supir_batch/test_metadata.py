@@ -15,20 +15,21 @@ from supir_batch import metadata, provenance
 from supir_batch.decode import decode
 from supir_batch.metadata import SourceMetadata
 from supir_batch.provenance import ProvenanceRecord
-from supir_batch.types import Job, OutputFormat, Outcome
+from supir_batch.types import Job, Outcome, OutputFormat
 
 Restore = Callable[..., Outcome]
 GENERATIVE = {"engine": "supir", "engine_name": "SUPIR v0Q", "model_sha256": "ab" * 32, "weights": "v0Q"}
 
-SOURCE_XMP = """<x:xmpmeta xmlns:x="adobe:ns:meta/"><r:RDF xmlns:r="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
-<r:Description r:about="" xmlns:d="http://purl.org/dc/elements/1.1/" xmlns:xmpMM="http://ns.adobe.com/xap/1.0/mm/"
+SOURCE_XMP = """<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:d="http://purl.org/dc/elements/1.1/" xmlns:xmpMM="http://ns.adobe.com/xap/1.0/mm/"
  xmlns:e="http://ns.adobe.com/xap/1.0/sType/ResourceEvent#" xmlns:tiff="http://ns.adobe.com/tiff/1.0/"
  xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmlns:own="http://archive.example/1.0/" tiff:Orientation="6"
  xmp:ModifyDate="2001-01-01" xmpMM:DocumentID="xmp.did:source" xmpMM:InstanceID="xmp.iid:source" own:Shelf="K 17">
-<d:creator><r:Seq><r:li>Jane Doe</r:li></r:Seq></d:creator>
-<d:description><r:Alt><r:li xml:lang="x-default">A street</r:li><r:li xml:lang="de">Eine Straße</r:li></r:Alt></d:description>
-<xmpMM:History><r:Seq><r:li e:action="scanned" e:softwareAgent="Scan 1.0"/></r:Seq></xmpMM:History>
-</r:Description></r:RDF></x:xmpmeta>"""
+<d:creator><rdf:Seq><rdf:li>Jane Doe</rdf:li></rdf:Seq></d:creator>
+<d:description><rdf:Alt>
+<rdf:li xml:lang="x-default">A street</rdf:li><rdf:li xml:lang="de">Eine Straße</rdf:li></rdf:Alt></d:description>
+<xmpMM:History><rdf:Seq><rdf:li e:action="scanned" e:softwareAgent="Scan 1.0"/></rdf:Seq></xmpMM:History>
+</rdf:Description></rdf:RDF></x:xmpmeta>"""
 
 
 def _source(path: Path) -> Path:
@@ -73,7 +74,8 @@ def test_everything_of_the_source_is_kept_and_ours_added(
     outcome = restore(_source(tmp_path / name), upscale=2.0, format=target, prompt="a street", **GENERATIVE)
     assert outcome.status == "done", outcome.ticket.failure
     with pyexiv2.Image(outcome.output_uri) as image:
-        exif, iptc, xmp = image.read_exif(), image.read_iptc(), _properties(image.read_raw_xmp())
+        exif, iptc = image.read_exif(), image.read_iptc()
+        xmp = {key: str(value) for key, value in image.read_xmp().items()}
         thumbnail = image.read_thumbnail()
     assert exif["Exif.Image.Artist"] == "Jane Doe"
     assert exif["Exif.Image.Copyright"] == "City archive"
@@ -161,6 +163,46 @@ def test_hostile_text_stays_text(record: ProvenanceRecord) -> None:
     written, _ = metadata.build_xmp(SourceMetadata.from_bytes(b""), nasty)
     minidom.parseString(written)
     assert '</rdf:li> <b> & "' in _properties(written.decode())["Xmp.iptcExt.AIPromptInformation"]
+
+
+def test_a_packet_with_prefixes_of_its_own_stays_readable(record: ProvenanceRecord) -> None:
+    odd = SOURCE_XMP.replace("rdf:", "r:").replace("xmlns:rdf=", "xmlns:r=").encode()
+    written, notes = metadata.build_xmp(dataclasses.replace(SourceMetadata.from_bytes(b""), xmp=odd), record)
+    properties = _properties(written.decode())  # a common reader sees nothing if RDF is not spelled rdf
+    assert notes == ()
+    assert properties["Xmp.dc.creator"] == "['Jane Doe']"
+    assert properties["Xmp.xmpMM.DerivedFrom/stRef:documentID"] == "xmp.did:source"
+    assert properties["Xmp.iptcExt.AISystemUsed"] == "SUPIR v0Q"
+
+
+def test_an_xmp_packet_too_long_for_a_jpeg_is_left_out_and_noted(tmp_path: Path, restore: Restore) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (9, 9)).save(path)
+    long = SOURCE_XMP.replace("K 17", "K" * 70_000)
+    with pyexiv2.Image(str(path)) as image:
+        image.modify_raw_xmp(long)
+    outcome = restore(path, format="jpeg", **GENERATIVE)
+    assert outcome.status == "done", outcome.ticket.failure
+    assert outcome.ticket.facts is not None
+    assert any("does not fit into a JPEG" in note for note in outcome.ticket.facts.notes)
+    with pyexiv2.Image(outcome.output_uri) as image:
+        assert "compositeWithTrainedAlgorithmicMedia" in image.read_raw_xmp()
+
+
+@pytest.mark.parametrize("target", ["tiff", "png", "jpeg"])
+def test_bytes_do_not_depend_on_what_was_read_before(tmp_path: Path, restore: Restore, target: OutputFormat) -> None:
+    path = _source(tmp_path / "a.jpg")
+    before = Path(restore(path, folder="before", format=target).output_uri).read_bytes()
+    odd = (
+        SOURCE_XMP.replace("xmlns:e=", f"xmlns:z{target}=")
+        .replace(" e:", f" z{target}:")
+        .replace("own:", f"{target}:")
+        .replace(":own=", f":{target}=")
+    )
+    with pyexiv2.ImageData(SourceMetadata.from_bytes(b"").carrier) as image:
+        image.modify_raw_xmp(odd)  # Exiv2 now spells these namespaces with these prefixes, for the whole process
+        image.read_raw_xmp()
+    assert Path(restore(path, folder="after", format=target).output_uri).read_bytes() == before
 
 
 def test_restoring_a_restored_image_does_not_repeat_the_notice(record: ProvenanceRecord) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from supir_batch import runlog, store
 from supir_batch.errors import ManifestError
 from supir_batch.plan import Plan, make_plan
-from supir_batch.settings import Manifest
+from supir_batch.settings import Manifest, load_manifest
 from supir_batch.types import Failure, Job, Outcome, TileTicket
 
 
@@ -250,3 +251,20 @@ def test_todo_done_and_refused_are_a_partition(
     finished = {entry.job.source.id for entry in plan.done}
     assert finished == {f"{i}.tif" for i in done - changed}
     assert finished | set(reasons(plan)) == {f"{i}.tif" for i in range(6)}
+
+
+def test_a_remote_archive_is_planned_like_a_local_one() -> None:
+    root = f"memory://{uuid.uuid4().hex}"
+    for name in ("a.tif", "box/b.png"):
+        store.write_atomic(f"{root}/in/{name}", b"pixels")
+    store.write_atomic(f"{root}/m.yaml", b"inputs: in\noutput: {uri: in/out}\n")
+    manifest = load_manifest(f"{root}/m.yaml", {}, {})
+    first = make_plan(manifest, f"{root}/m.yaml", "model")
+    assert [entry.job.output_stem for entry in first.todo] == [f"{root}/in/out/a", f"{root}/in/out/box/b"]
+    with runlog.RunLog(manifest.output.uri, "run") as log:
+        for job, _ in first.todo:
+            store.write_atomic(f"{job.output_stem}.tif", b"restored")
+            ended = Outcome(TileTicket(job=job), "done", f"{job.output_stem}.tif", finished_at="2026-01-01T00:00:00")
+            log.append(runlog.to_row(ended, "run"))
+    again = make_plan(manifest, f"{root}/m.yaml", "model")
+    assert (len(again.todo), len(again.done)) == (0, 2)

@@ -40,9 +40,7 @@ def test_facts_of_a_16_bit_grey_tiff(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "dpi"), [("a.png", (300.0, 300.0)), ("a.jpg", (300.0, 300.0)), ("b.png", None)])
-def test_a_resolution_is_only_what_the_file_claims(
-    tmp_path: Path, name: str, dpi: tuple[float, float] | None
-) -> None:
+def test_a_resolution_is_only_what_the_file_claims(tmp_path: Path, name: str, dpi: tuple[float, float] | None) -> None:
     path = tmp_path / name
     Image.new("RGB", (20, 20)).save(path, **({} if dpi is None else {"dpi": dpi}))
     assert probe(path).dpi == dpi

@@ -319,9 +319,7 @@ def test_an_engine_that_returns_another_size_is_refused(
     assert _failure(restore(_photo(tmp_path / "a.png", rng), change=lambda p: p[1:])).kind == "bad-output"
 
 
-def test_an_unwritable_output_is_a_failed_outcome(
-    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator
-) -> None:
+def test_an_unwritable_output_is_a_failed_outcome(tmp_path: Path, make_job: MakeJob, rng: np.random.Generator) -> None:
     (tile,) = decode(make_job(_photo(tmp_path / "a.png", rng)), 16)
     (tmp_path / "out").write_text("a file where the folder should be")
     assert _failure(_write(tile)).kind == "store"

@@ -21,7 +21,7 @@ def test_table_has_sdxls_ends() -> None:
     table = sigma_table()
     assert len(table) == 1000
     assert (table.diff() > 0).all()
-    torch.testing.assert_close(table[[0, -1]], torch.tensor([0.0291672, 14.6146412]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(table[[0, -1]], torch.tensor([0.0291672, 14.6146412]), rtol=3e-6, atol=0)
 
 
 @pytest.mark.parametrize(

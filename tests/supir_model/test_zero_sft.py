@@ -68,7 +68,8 @@ def test_cross_attention_adds_in_proportion(inputs: tuple[Tensor, Tensor, Tensor
     cross = trained(ZeroCrossAttn(16, 6, 8, 2))
     assert torch.equal(cross(control, features, scale(0, 0)), features)
     added = cross(control, features, scale(1, 1)) - features
-    torch.testing.assert_close(cross(control, features, scale(0.5, 2)) - features, added * scale(0.5, 2), rtol=0, atol=1e-5)
+    scaled = cross(control, features, scale(0.5, 2)) - features
+    torch.testing.assert_close(scaled, added * scale(0.5, 2), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
