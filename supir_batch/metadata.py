@@ -143,7 +143,6 @@ def read_metadata(path: Path) -> SourceMetadata:
             carrier = pyexiv2.ImageData(_EMPTY_CARRIER)
             try:
                 image.copy_to_another_image(carrier, exif=True, iptc=True, xmp=False, comment=False, icc=False)
-                carrier.clear_thumbnail()
                 stale = [key for key in carrier.read_exif() if _is_structure(key)]
                 if stale:
                     carrier.modify_exif(dict.fromkeys(stale))

@@ -6,10 +6,14 @@ of the model's alignment: noise is a function of absolute latent position, so ne
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 from numpy.typing import NDArray
 
 from supir_batch.types import TileBox
+
+SLIVER = 8  # a working image is enlarged to sides of at most this many times min_size
 
 
 def output_size(width: int, height: int, upscale: float) -> tuple[int, int]:
@@ -19,12 +23,17 @@ def output_size(width: int, height: int, upscale: float) -> tuple[int, int]:
 
 
 def work_size(output_width: int, output_height: int, min_size: int) -> tuple[int, int]:
-    """The output size, enlarged so that its shorter side has at least ``min_size`` pixels (0: never enlarged)."""
+    """The output size, enlarged so that its shorter side has at least ``min_size`` pixels (0: never enlarged).
+
+    A sliver is enlarged only until its longer side has ``SLIVER * min_size`` pixels: one row of a scan would otherwise
+    become an image of millions of pixels.
+    """
     _require_positive(width=output_width, height=output_height)
-    short = min(output_width, output_height)
-    if short >= min_size:
+    short, long = sorted((output_width, output_height))
+    factor = min(Fraction(min_size, short), Fraction(SLIVER * min_size, long))
+    if factor <= 1:
         return output_width, output_height
-    return round(output_width * min_size / short), round(output_height * min_size / short)
+    return round(output_width * factor), round(output_height * factor)
 
 
 def plan_tiles(width: int, height: int, max_pixels: int, overlap: int, align: int) -> tuple[TileBox, ...]:

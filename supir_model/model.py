@@ -69,6 +69,7 @@ class SupirModel:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         networks = build_on_meta(config)
         weights.load_into(networks, path, torch.float32, target)
+        networks.to(target)  # token positions are not among the weights
         networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return cls(networks, config, target)
 

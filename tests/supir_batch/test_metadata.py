@@ -196,8 +196,8 @@ def test_bytes_do_not_depend_on_what_was_read_before(tmp_path: Path, restore: Re
     odd = (
         SOURCE_XMP.replace("xmlns:e=", f"xmlns:z{target}=")
         .replace(" e:", f" z{target}:")
-        .replace("own:", f"{target}:")
-        .replace(":own=", f":{target}=")
+        .replace("own:", f"own{target}:")
+        .replace(":own=", f":own{target}=")
     )
     with pyexiv2.ImageData(SourceMetadata.from_bytes(b"").carrier) as image:
         image.modify_raw_xmp(odd)  # Exiv2 now spells these namespaces with these prefixes, for the whole process

@@ -101,5 +101,11 @@ def test_output_size_rounds_halves_to_even() -> None:
 @given(sides, sides, st.integers(0, 2000))
 def test_work_size_reaches_min_size_and_keeps_the_shape(width: int, height: int, min_size: int) -> None:
     wide, high = work_size(width, height, min_size)
-    assert min(wide, high) == max(min(width, height), min_size)
+    if max(width, height) <= 8 * min(width, height):
+        assert min(wide, high) == max(min(width, height), min_size)
     assert abs(wide * height - high * width) <= max(width, height)  # one rounding apart
+
+
+def test_a_sliver_is_not_enlarged_beyond_measure() -> None:
+    assert work_size(1, 10_000, 1024) == (1, 10_000)
+    assert work_size(8, 1000, 1024) == (66, 8192)

@@ -53,7 +53,11 @@ def test_no_two_weights_share_a_place(state: dict[str, torch.Tensor]) -> None:
         ("control.base.mid_block.resnets.1.norm1.weight", "model.control_model.middle_block.2.in_layers.0.weight"),
         ("control.hint.weight", "model.control_model.input_hint_block.0.weight"),
         ("vae.robust_encoder.conv_norm_out.bias", "first_stage_model.denoise_encoder.norm_out.bias"),
-        ("vae.encoder.down_blocks.1.resnets.0.conv_shortcut.bias", "first_stage_model.encoder.down.1.block.0.nin_shortcut.bias"),
+        ("vae.encoder.mid_block.resnets.1.conv1.bias", "first_stage_model.encoder.mid.block_2.conv1.bias"),
+        (
+            "vae.autoencoder.decoder.up_blocks.0.resnets.2.conv1.bias",
+            "first_stage_model.decoder.up.3.block.2.conv1.bias",
+        ),
         ("text.bigg.text_projection.weight", "conditioner.embedders.1.model.text_projection"),
     ],
 )

@@ -178,10 +178,7 @@ class Measure:
 
 @pytest.fixture(scope="module", autouse=True)
 def _table(request: pytest.FixtureRequest) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these tensors are small: threads only wait for each other
     yield
-    torch.set_num_threads(threads)
     target = request.config.getoption("--parity-table")
     if target is not None:
         rows = [f"| {name} | {what} | {got:.1e} | {allowed} |" for (name, what), (got, allowed) in _measured.items()]
