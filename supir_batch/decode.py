@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import re
-import resource
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,9 @@ import tifffile
 from numpy.typing import NDArray
 
 from supir_batch import color, commit, metadata, probe, resample, settings, store, tiles
-from supir_batch.errors import ImageError, StoreError
-from supir_batch.types import Failure, FloatImage, ImageFacts, Job, StageRecord, TileTicket
+from supir_batch.errors import ImageError
+from supir_batch.stage import Stopwatch, failure_of
+from supir_batch.types import FloatImage, ImageFacts, Job, TileTicket
 
 PREVIEW_SIZE = 512
 """Longest side, in pixels, of the preview that the captioner sees."""
@@ -71,14 +70,9 @@ def decode(job: Job, alignment: int) -> Iterator[DecodedTile]:
     blank = TileTicket(job, started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     try:
         yield from _decode(blank, alignment)
-    except ImageError as error:
-        yield _failed(blank, error.kind, str(error), error.retryable)
-    except StoreError as error:
-        yield _failed(blank, "store", str(error), error.retryable)
-    except MemoryError:
-        yield _failed(blank, "out-of-memory", "not enough memory to decode it; free memory or raise the worker's share")
     except Exception as error:
-        yield _failed(blank, "internal", f"{type(error).__name__}: {error}")
+        failed = dataclasses.replace(blank, failure=failure_of("decode", job.source, error))
+        yield DecodedTile(failed, _NO_PIXELS, _NO_ALPHA, _NO_PIXELS)
 
 
 def read_srgb(path: Path) -> tuple[FloatImage, NDArray[np.float32]]:
@@ -90,15 +84,8 @@ def read_srgb(path: Path) -> tuple[FloatImage, NDArray[np.float32]]:
     return color.to_srgb(raster.color, raster.icc), raster.alpha
 
 
-def _failed(ticket: TileTicket, kind: str, message: str, retryable: bool = False) -> DecodedTile:
-    source = ticket.job.source
-    text = message if message.startswith(source.uri) else f"{source.uri}: {message}"
-    failure = Failure("decode", kind, f"{source.origin}: {text}", retryable)
-    return DecodedTile(dataclasses.replace(ticket, failure=failure), _NO_PIXELS, _NO_ALPHA, _NO_PIXELS)
-
-
 def _decode(blank: TileTicket, alignment: int) -> Iterator[DecodedTile]:
-    started = time.perf_counter()
+    watch = Stopwatch("decode")
     job, source, chosen = blank.job, blank.job.source, blank.job.settings
     if not store.exists(source.uri):
         raise ImageError("missing", "the file does not exist; correct the input or remove it")
@@ -141,14 +128,7 @@ def _decode(blank: TileTicket, alignment: int) -> Iterator[DecodedTile]:
     alpha = raster.alpha
     if alpha.size:
         alpha = resample.resize_plane(alpha, facts.work_width, facts.work_height)
-    # ru_maxrss is the most this process has used so far, in KiB on Linux; a finer number would need a process per image
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    ticket = dataclasses.replace(
-        ticket,
-        facts=facts,
-        source_metadata=described.to_bytes(),
-        records=(StageRecord("decode", time.perf_counter() - started, peak, "cpu"),),
-    )
+    ticket = watch.record(dataclasses.replace(ticket, facts=facts, source_metadata=described.to_bytes()))
     for box in tiles.plan_tiles(facts.work_width, facts.work_height, chosen.max_pixels, chosen.overlap, alignment):
         rows, columns = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
         yield DecodedTile(

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import resource
-import sys
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from supir_batch.errors import ImageError
-from supir_batch.types import FloatImage, Settings, StageRecord, TileTicket
+from supir_batch.types import FloatImage, Settings, TileTicket
 from supir_model.config import MODELS
 
 if TYPE_CHECKING:
@@ -130,7 +126,7 @@ def sampling_of(settings: Settings) -> Sampling:
     from supir_model.sampler import EDMSettings  # noqa: PLC0415
 
     return Sampling(
-        edm=EDMSettings(
+        sampler=EDMSettings(
             steps=settings.steps,
             restoration_tau=settings.restoration_tau,
             churn=settings.churn,
@@ -143,25 +139,6 @@ def sampling_of(settings: Settings) -> Sampling:
         cfg_end=settings.cfg_end,
         color_fix=settings.color_fix,
     )
-
-
-class Stopwatch:
-    """Times one stage on one item and appends what it saw to the item's ticket."""
-
-    def __init__(self, stage: str, device: str) -> None:
-        self._stage, self._device, self._started = stage, device, time.perf_counter()
-
-    def record(self, ticket: TileTicket, share: int = 1) -> TileTicket:
-        """The ticket with this stage's record; ``share`` items split the time since construction."""
-        seconds = (time.perf_counter() - self._started) / share
-        record = StageRecord(self._stage, seconds, peak_memory_bytes(), self._device)
-        return dataclasses.replace(ticket, records=(*ticket.records, record))
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
 
 
 def _to_tensor(image: FloatImage) -> torch.Tensor:

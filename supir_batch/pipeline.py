@@ -27,10 +27,10 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from supir_batch import engine, runlog
 from supir_batch.decode import decode
-from supir_batch.engine import Device, Engine, Stopwatch
-from supir_batch.errors import ImageError
+from supir_batch.engine import Device, Engine
 from supir_batch.settings import Runtime
-from supir_batch.types import Failure, Job, Settings, TileTicket
+from supir_batch.stage import Stopwatch, failure_of
+from supir_batch.types import Job, Settings, TileTicket
 from supir_batch.write import write
 
 Row = dict[str, Any]  # ticket: pickled TileTicket; pixels, alpha, preview: float32 arrays, empty once used up
@@ -100,10 +100,9 @@ class _ModelStage(ABC):
         try:
             self.work(tickets, batch, working)
         except Exception as error:  # whatever it is, it concerns these tiles alone
-            kind = error.kind if isinstance(error, ImageError) else "internal"
             for i in working:
-                message = f"{tickets[i].job.source.uri}: {type(error).__name__}: {error}"
-                tickets[i] = dataclasses.replace(tickets[i], failure=Failure(self.name, kind, message))
+                failure = failure_of(self.name, tickets[i].job.source, error)
+                tickets[i] = dataclasses.replace(tickets[i], failure=failure)
         for i in working:
             tickets[i] = watch.record(tickets[i], share=len(working))
         return batch | {"ticket": np.array([pickle.dumps(ticket) for ticket in tickets], dtype=object)}

@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import io
-import resource
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,8 @@ from numpy.typing import NDArray
 from supir_batch import color, commit, encode, metadata, provenance, resample, stitch, store
 from supir_batch.commit import Committed
 from supir_batch.errors import ImageError, StoreError
-from supir_batch.types import Failure, FloatImage, ImageFacts, Job, Outcome, StageRecord, TileBox, TileTicket
+from supir_batch.stage import Stopwatch, failure_of
+from supir_batch.types import Failure, FloatImage, ImageFacts, Job, Outcome, TileBox, TileTicket
 
 FLAT_OUTPUT, FLAT_SOURCE = 0.5 / 255, 2.0 / 255
 """An output whose luma varies less than the first while its source's varies more than the second is a failed one."""
@@ -36,17 +35,8 @@ def write(ticket: TileTicket, pixels: FloatImage, alpha: NDArray[np.float32]) ->
         return _failed(ticket, ticket.failure)
     try:
         return _write(ticket, pixels, alpha)
-    except ImageError as error:
-        kind, message, retryable = error.kind, str(error), error.retryable
-    except StoreError as error:
-        kind, message, retryable = "store", str(error), error.retryable
-    except MemoryError:
-        kind, message, retryable = "out-of-memory", "not enough memory to write it; lower tiling.max_pixels", False
     except Exception as error:
-        kind, message, retryable = "internal", f"{type(error).__name__}: {error}", False
-    source = ticket.job.source
-    text = message if message.startswith(source.uri) else f"{source.uri}: {message}"
-    return _failed(ticket, Failure("write", kind, f"{source.origin}: {text}", retryable))
+        return _failed(ticket, failure_of("write", ticket.job.source, error))
 
 
 def part_uri(job: Job, fingerprint: str, index: int) -> str:
@@ -63,7 +53,7 @@ def _done(ticket: TileTicket, output: Committed) -> Outcome:
 
 
 def _write(ticket: TileTicket, pixels: FloatImage, alpha: NDArray[np.float32]) -> Outcome | None:
-    started = time.perf_counter()
+    watch = Stopwatch("write")
     job, facts, box = ticket.job, ticket.facts, ticket.box
     if facts is None:
         raise ValueError("the ticket carries no image facts")
@@ -77,7 +67,7 @@ def _write(ticket: TileTicket, pixels: FloatImage, alpha: NDArray[np.float32]) -
     _check_tile(pixels, box)
     tile = np.concatenate([pixels, alpha[..., None]], axis=2) if alpha.size else pixels
     if box.count == 1:
-        return _finish(ticket, facts, tile, started)
+        return _finish(ticket, facts, tile, watch)
 
     # a tile that comes late, because another run or a retry has already finished the image
     if (there := commit.committed(job, ticket.fingerprint, facts.format)) is not None:
@@ -95,7 +85,7 @@ def _write(ticket: TileTicket, pixels: FloatImage, alpha: NDArray[np.float32]) -
             raise
         return _done(ticket, there)  # another writer assembled the image and removed the parts meanwhile
     whole = stitch.stitch(parts, facts.work_width, facts.work_height, job.settings.overlap)
-    outcome = _finish(ticket, facts, whole, started)
+    outcome = _finish(ticket, facts, whole, watch)
     for name in names:
         store.delete(name)
     return outcome
@@ -115,7 +105,7 @@ def _check_tile(pixels: FloatImage, box: TileBox) -> None:
         )
 
 
-def _finish(ticket: TileTicket, facts: ImageFacts, tile: FloatImage, started: float) -> Outcome:
+def _finish(ticket: TileTicket, facts: ImageFacts, tile: FloatImage, watch: Stopwatch) -> Outcome:
     """From the whole image at working size ([h, w, 3 or 4]) to the committed output."""
     job, settings = ticket.job, ticket.job.settings
     whole = resample.resize(tile, facts.output_width, facts.output_height)
@@ -149,10 +139,8 @@ def _finish(ticket: TileTicket, facts: ImageFacts, tile: FloatImage, started: fl
             written = metadata.write_metadata(path, source_metadata, record)
         encode.check_file(path, facts.output_width, facts.output_height, spec, facts.bands, alpha.size > 0)
         result = Committed(output, commit.file_sha256(path), path.stat().st_size, _now())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        measured = StageRecord("write", time.perf_counter() - started, peak, "cpu")
         told = dataclasses.replace(facts, notes=(*record.notes, *written))
-        finished = dataclasses.replace(ticket, facts=told, records=(*ticket.records, measured))
+        finished = watch.record(dataclasses.replace(ticket, facts=told))
         commit.commit(output, path, _sidecar(finished, record, result))
     return _done(finished, result)
 

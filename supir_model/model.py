@@ -26,11 +26,11 @@ _FIRST_SAMPLER_DRAW = 1
 class Sampling:
     """How to restore; defaults per model and preset are in ``config.ModelConfig.presets``.
 
-    edm: settings of the sampler; their type says which one. cfg_start: guidance scale at the largest sigma, cfg_end
+    sampler: its settings, whose type says which one it is. cfg_start: guidance scale at the largest sigma, cfg_end
     at 0, linear between.
     """
 
-    edm: SamplerSettings
+    sampler: SamplerSettings
     cfg_start: float
     cfg_end: float
     color_fix: ColorFix
@@ -101,7 +101,7 @@ class SupirModel:
             stage1.append(decoded)
             control.append(z_lq[0])
             center.append(vae.encode(decoded, posterior[None])[0])
-            self._check_window_prompts(request, z_lq.shape[-2:], sampling.edm)
+            self._check_window_prompts(request, z_lq.shape[-2:], sampling.sampler)
             positive = request.window_prompts or (request.prompt,)
             prompts.append(self.networks.text([request.negative_prompt, *positive]))
 
@@ -132,7 +132,7 @@ class SupirModel:
         def noise(item: int, draw: int) -> Tensor:
             return self._noise(requests[item], _FIRST_SAMPLER_DRAW + draw, center[item].shape[-2:])
 
-        latents = sample(guided, center, noise, sampling.edm)
+        latents = sample(guided, center, noise, sampling.sampler)
         restored = []
         for request, latent, style in zip(requests, latents, stage1, strict=True):
             image = fix_color(vae.decode(latent[None]), style, sampling.color_fix)

@@ -39,12 +39,8 @@ class Networks(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, control_scale: Tensor, conditioning: Conditioning) -> Tensor:
         """Network output F [B, C, h, w] for a scaled noisy latent x [B, C, h, w] (specification sections 3 to 5)."""
-        features = self.control(
-            x, timestep, conditioning.context, conditioning.vector, conditioning.control_latent
-        )
-        out: Tensor = self.unet(
-            x, timestep, conditioning.context, conditioning.vector, features, control_scale
-        )
+        features = self.control(x, timestep, conditioning.context, conditioning.vector, conditioning.control_latent)
+        out: Tensor = self.unet(x, timestep, conditioning.context, conditioning.vector, features, control_scale)
         return out
 
 

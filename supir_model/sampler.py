@@ -181,9 +181,7 @@ def control_scale_at(sigma: Tensor, settings: SamplerSettings) -> Tensor:
     return sigma / SIGMA_MAX * (settings.control_scale_start - control_scale) + control_scale
 
 
-def pull_to_center(
-    denoised: Tensor, x_center: Tensor, sigma: Tensor, next_sigma: Tensor, tau: float | None
-) -> Tensor:
+def pull_to_center(denoised: Tensor, x_center: Tensor, sigma: Tensor, next_sigma: Tensor, tau: float | None) -> Tensor:
     """Restoration guidance (SUPIR, Algorithm 1): strong at large sigma, off (tau None) or below the gate."""
     if tau is None or next_sigma <= RESTORATION_MIN_SIGMA:
         return denoised

@@ -43,9 +43,7 @@ class TextEncoder(nn.Module):
     def fill_positions(self) -> None:
         """Compute what no state dict holds: token positions, after a construction on the meta device."""
         for tower in self.towers():
-            tower.embeddings.register_buffer(
-                "position_ids", torch.arange(self.config.length)[None], persistent=False
-            )
+            tower.embeddings.register_buffer("position_ids", torch.arange(self.config.length)[None], persistent=False)
 
 
 class HashedTextEncoder(TextEncoder):

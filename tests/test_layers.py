@@ -39,6 +39,7 @@ SUPIR_MODEL = [
 SUPIR_BATCH = [
     "errors",
     "types",
+    "stage",
     "store",
     "settings",
     "manifest",

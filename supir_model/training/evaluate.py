@@ -25,7 +25,7 @@ DEGRADATIONS: dict[str, Callable[[Tensor, Generator], Tensor]] = {"D1": d1, "D2"
 
 def sampling_of(model: SupirModel, defaults: SamplingDefaults) -> Sampling:
     """A preset's sampling with the model's own windows."""
-    edm = EDMSettings(
+    sampler = EDMSettings(
         steps=defaults.steps,
         restoration_tau=defaults.restoration_tau,
         churn=defaults.churn,
@@ -34,7 +34,7 @@ def sampling_of(model: SupirModel, defaults: SamplingDefaults) -> Sampling:
         window=model.config.window,
         stride=model.config.stride,
     )
-    return Sampling(edm, defaults.cfg_start, defaults.cfg_end, defaults.color_fix)
+    return Sampling(sampler, defaults.cfg_start, defaults.cfg_end, defaults.color_fix)
 
 
 def evaluate(

@@ -385,9 +385,9 @@ def check_units(case: Case, measure: Measure) -> None:
     block = unit("down_blocks.2.resnets.0", "resblock")
     measure.close("resblock", block(t["resblock_x"], t["resblock_emb"]), t["resblock_out"], tolerance)
     block = unit("down_blocks.2.attentions.0", "spatial_transformer")
-    out = block(
-        t["spatial_transformer_x"], encoder_hidden_states=t["spatial_transformer_context"], return_dict=False
-    )[0]
+    out = block(t["spatial_transformer_x"], encoder_hidden_states=t["spatial_transformer_context"], return_dict=False)[
+        0
+    ]
     measure.close("spatial_transformer", out, t["spatial_transformer_out"], tolerance)
     for name, path in {"unet_down": "down_blocks.0.downsamplers.0", "unet_up": "up_blocks.1.upsamplers.0"}.items():
         # up and down were recorded on the same input

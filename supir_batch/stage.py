@@ -1,0 +1,46 @@
+"""What every stage does besides its work: measure itself, and turn whatever goes wrong into a failure that flows on."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+
+from supir_batch.errors import ImageError, SupirBatchError
+from supir_batch.types import Failure, Source, StageRecord, TileTicket
+
+
+class Stopwatch:
+    """Times one stage from its construction on."""
+
+    def __init__(self, stage: str, device: str = "cpu") -> None:
+        self._stage, self._device, self._started = stage, device, time.perf_counter()
+
+    def record(self, ticket: TileTicket, share: int = 1) -> TileTicket:
+        """The ticket with this stage's record appended; ``share`` tiles split the time since construction."""
+        seconds = (time.perf_counter() - self._started) / share
+        record = StageRecord(self._stage, seconds, _peak_memory_bytes(), self._device)
+        return dataclasses.replace(ticket, records=(*ticket.records, record))
+
+
+def failure_of(stage: str, source: Source, error: Exception) -> Failure:
+    """The failure that ``error`` means for the image of ``source``; the message names the row and the image.
+
+    Errors raised on purpose keep their words; any other is ``internal`` and names its type.
+    """
+    if isinstance(error, SupirBatchError):
+        kind, message = error.kind if isinstance(error, ImageError) else "store", str(error)
+    elif isinstance(error, MemoryError):
+        kind, message = "out-of-memory", "not enough memory; lower tiling.max_pixels or use a larger machine"
+    else:
+        kind, message = "internal", f"{type(error).__name__}: {error}"
+    if source.uri not in message:
+        message = f"{source.uri}: {message}"
+    return Failure(stage, kind, f"{source.origin}: {message}", getattr(error, "retryable", False))
+
+
+def _peak_memory_bytes() -> int:
+    """Most memory this process has held so far; a finer number would need a process per image."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
