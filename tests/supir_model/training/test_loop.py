@@ -89,7 +89,7 @@ def test_resume_is_bit_identical(crops: PhotographCrops, tmp_path: Path) -> None
     whole = networks_of(0, crops)
     train(whole, STAGES["joint"](whole), crops, config(steps=4), tmp_path / "whole")
 
-    class Interrupted(Exception):
+    class TrainingInterruptedError(Exception):
         pass
 
     class Stopping(DiffusionStage):
@@ -97,11 +97,11 @@ def test_resume_is_bit_identical(crops: PhotographCrops, tmp_path: Path) -> None
             self, clean: torch.Tensor, progress: float, generator: torch.Generator
         ) -> tuple[torch.Tensor, dict[str, float]]:
             if progress >= 0.5:
-                raise Interrupted
+                raise TrainingInterruptedError
             return super().loss(clean, progress, generator)
 
     first = networks_of(0, crops)
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterruptedError):
         train(first, Stopping(first, Degradation(), "joint"), crops, config(4, save_seconds=0), tmp_path / "cut")
     second = networks_of(0, crops)
     train(second, STAGES["joint"](second), crops, config(steps=4), tmp_path / "cut")
