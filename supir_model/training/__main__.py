@@ -26,6 +26,7 @@ from supir_model.training.stages import (
     DiffusionStage,
     RobustEncoderStage,
     Stage,
+    pixel_energy,
     start_from_pca,
 )
 
@@ -84,7 +85,8 @@ def main() -> None:
     elif arguments.stage == "robust-encoder":
         stage = RobustEncoderStage(networks, Degradation())
     else:
-        stage = DiffusionStage(networks, Degradation(), arguments.stage)
+        sample = crops.batch(torch.Generator().manual_seed(arguments.seed), 32, arguments.crop)
+        stage = DiffusionStage(networks, Degradation(), arguments.stage, pixel_energy(networks.vae, sample))
     config = LoopConfig(
         steps=arguments.steps,
         batch=arguments.batch,

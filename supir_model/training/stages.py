@@ -146,20 +146,41 @@ class RobustEncoderStage:
         """Nothing is left to do."""
 
 
+@torch.no_grad()
+def pixel_energy(vae: RobustVAE, clean: Tensor) -> Tensor:
+    """How much of an image each latent channel carries, [C], mean 1: squared change of the image without the channel.
+
+    Latents of unit variance hide that one channel may hold most of the picture. clean: [B, 3, H, W] in [-1, 1].
+    """
+    latent = vae.encode(clean)
+    whole = vae.decode(latent)
+    energy = []
+    for channel in range(latent.shape[1]):
+        without = latent.clone()
+        without[:, channel] = latent[:, channel].mean()
+        energy.append((vae.decode(without) - whole).square().mean())
+    stacked = torch.stack(energy)
+    return stacked / stacked.mean()
+
+
 @dataclass(frozen=True)
 class DiffusionStage:
-    """Stages 2 and 3: text-conditioned prior, control adaptor, or both together; min-SNR weighted.
+    """Stages 2 and 3: text-conditioned prior, control adaptor, or both together.
 
-    ``negative`` is the share of samples whose target is the degraded image under the negative prompt
-    (SUPIR, section 3.3); ``drop_text`` the share without a caption.
+    channel_weight: [C], mean 1, what an error in each latent channel costs. negative: share of samples whose target is
+    the degraded image under the negative prompt (SUPIR, section 3.3). drop_text: share without a caption.
+    max_weight: most that an error of the denoised latent may cost at small noise levels, where 1 is its cost at large
+    ones; in terms of min-SNR (Hang et al. 2023) snr + 1 is clamped, not snr, because with control even the largest
+    noise level leaves a picture to be predicted.
     """
 
     networks: Networks
     mix: Degradation
     part: DiffusionPart
+    channel_weight: Tensor
     drop_text: float = 0.1
     negative: float = 0.15
-    min_snr: float = 5.0
+    max_weight: float = 6.0
 
     def modules(self) -> Iterator[nn.Module]:
         """Prior: UNet and text. Control: control encoder and connectors. Joint: all of them."""
@@ -172,7 +193,7 @@ class DiffusionStage:
             yield networks.unet.connectors
 
     def loss(self, clean: Tensor, progress: float, generator: Generator) -> tuple[Tensor, dict[str, float]]:
-        """Denoising error in the network's own prediction target, on a uniformly drawn noise level."""
+        """Weighted error of the denoised latent on a uniformly drawn noise level."""
         networks, config = self.networks, self.networks.config
         device, size = clean.device, clean.shape[0]
         pair = degrade(clean, _curriculum(self.mix, progress), generator)
@@ -197,20 +218,14 @@ class DiffusionStage:
         conditioning = Conditioning(context, vector, control_latent)
         out = networks((latent + q * noise) * c_in, timestep, scale, conditioning).float()
 
-        snr = 1 / q**2
-        if config.prediction == "v":
-            wanted = (noise - q * latent) * c_in
-            weight = snr.clamp(max=self.min_snr) / (snr + 1)
-            denoised = (latent + q * noise) * c_in**2 - q * c_in * out
-        else:
-            wanted, weight = noise, snr.clamp(max=self.min_snr) / snr
-            denoised = latent + q * noise - q * out
-        # the weight's mean over noise levels is far below 1; dividing keeps learning rates comparable
-        loss = (weight * (out - wanted).square()).mean() / weight.mean().clamp(min=1e-3)
+        noisy = latent + q * noise
+        denoised = noisy * c_in**2 - q * c_in * out if config.prediction == "v" else noisy - q * out
+        channels = self.channel_weight[None, :, None, None]
+        weight = (1 + 1 / q**2).clamp(max=self.max_weight)
+        loss = (weight * channels * (denoised - latent).square()).mean()
         return loss, {
-            "v_mse": (out - wanted).square().mean().item(),
-            "latent_mse": (denoised - latent).square().mean().item(),
-            "latent_mse_control": (control_latent - latent).square().mean().item(),
+            "error": (channels * (denoised - latent).square()).mean().item(),
+            "error_control": (channels * (control_latent - latent).square()).mean().item(),
         }
 
     def finish(self, clean: Tensor) -> None:

@@ -26,9 +26,9 @@ from supir_model.training.stages import (
 STAGES: dict[str, Callable[[Networks], Stage]] = {
     "vae": AutoencoderStage,
     "robust-encoder": lambda networks: RobustEncoderStage(networks, Degradation()),
-    "prior": lambda networks: DiffusionStage(networks, Degradation(), "prior"),
-    "control": lambda networks: DiffusionStage(networks, Degradation(), "control"),
-    "joint": lambda networks: DiffusionStage(networks, Degradation(), "joint"),
+    "prior": lambda networks: DiffusionStage(networks, Degradation(), "prior", torch.ones(8)),
+    "control": lambda networks: DiffusionStage(networks, Degradation(), "control", torch.ones(8)),
+    "joint": lambda networks: DiffusionStage(networks, Degradation(), "joint", torch.ones(8)),
 }
 
 
@@ -102,7 +102,13 @@ def test_resume_is_bit_identical(crops: PhotographCrops, tmp_path: Path) -> None
 
     first = networks_of(0, crops)
     with pytest.raises(TrainingInterruptedError):
-        train(first, Stopping(first, Degradation(), "joint"), crops, config(4, save_seconds=0), tmp_path / "cut")
+        train(
+            first,
+            Stopping(first, Degradation(), "joint", torch.ones(8)),
+            crops,
+            config(4, save_seconds=0),
+            tmp_path / "cut",
+        )
     second = networks_of(0, crops)
     train(second, STAGES["joint"](second), crops, config(steps=4), tmp_path / "cut")
     for key, value in whole.state_dict().items():
