@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,9 +16,13 @@ from supir_model.color import fix_color
 from supir_model.config import ColorFix, ModelConfig
 from supir_model.denoiser import denoise, guide, linear_cfg
 from supir_model.errors import RequestError
+from supir_model.folder import TOKENIZER
+from supir_model.lora import fuse
 from supir_model.networks import Conditioning, Networks, build_on_meta
 from supir_model.noise import latent_noise
 from supir_model.sampler import SamplerSettings, Window, sample, windows_of
+from supir_model.text import SDXLTextEncoder, read_words
+from supir_model.weights import Checkpoint
 
 _POSTERIOR_DRAW = 0  # noise draws before the sampler's own
 _FIRST_SAMPLER_DRAW = 1
@@ -63,12 +69,26 @@ class SupirModel:
         self.device = device
 
     @classmethod
-    def load(cls, name: str = "tiny", device: str | None = None) -> SupirModel:
-        """Load shipped weights by name. device: torch device, default CUDA where there is one. Raises WeightsError."""
-        config, path = weights.find(name)
+    def load(cls, source: str | Path | Checkpoint = "tiny", device: str | None = None) -> Self:
+        """Load a model: ``tiny``, the folder of a converted one, or published files (``weights.Checkpoint``).
+
+        device: torch device, default CUDA where there is one. Raises WeightsError.
+        """
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        networks = build_on_meta(config)
-        weights.load_into(networks, path, torch.float32, target)
+        if isinstance(source, Checkpoint):
+            config, tokenizer = source.config, source.tokenizer_folder
+            networks = build_on_meta(config)
+            state = weights.read_checkpoint(source, networks.state_dict())
+            weights.assign(networks, state, torch.float32, target)
+            for lora in source.loras:
+                fuse(networks, lora)
+        else:
+            config, path = weights.find(source)
+            tokenizer = path.parent / TOKENIZER
+            networks = build_on_meta(config)
+            weights.load_into(networks, path, torch.float32, target)
+        if isinstance(networks.text, SDXLTextEncoder):
+            networks.text.words = read_words(tokenizer)
         networks.to(target)  # token positions are not among the weights
         networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return cls(networks, config, target)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 SUPIR_MODEL = [
     "errors",
     "config",
+    "folder",
     "zero_sft",
     "unet",
     "control",
@@ -28,7 +29,9 @@ SUPIR_MODEL = [
     "caption",
     "checkpoint_keys",
     "weights",
+    "lora",
     "model",
+    "convert",
     "training.degradations",
     "training.datasets",
     "training.stages",
