@@ -197,10 +197,8 @@ def _build_dataclass(kind: Any, value: object, place: str, key: str) -> Any:
         raise _wrong(place, key, "an object", value)
     unknown, missing = sorted(value.keys() - hints.keys()), sorted(hints.keys() - value.keys())
     if unknown or missing:
-        raise WeightsError(
-            f"{place}: {key or 'the file'}: unknown keys: {', '.join(unknown) or 'none'}; missing keys: {', '.join(missing) or 'none'}; "
-            "convert the model with this version"
-        )
+        found = f"unknown keys: {', '.join(unknown) or 'none'}; missing keys: {', '.join(missing) or 'none'}"
+        raise WeightsError(f"{place}: {key or 'the file'}: {found}; convert the model with this version")
     return kind(**{name: _build(hint, value[name], place, _dotted(key, name)) for name, hint in hints.items()})
 
 
