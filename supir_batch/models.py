@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
@@ -15,6 +16,7 @@ from supir_model.config import MODELS, TINY, TINY_WEIGHTS
 
 HUB = "hf://"  # hf://owner/name/path, or hf://owner/name for a whole repository
 
+_BY_HAND = "fetch the files on another machine and give their folder"
 _WEIGHT_FILES = {".safetensors", ".ckpt", ".pt", ".pth"}
 _SHA256 = re.compile("[0-9a-fA-F]{64}")
 _TOKENIZER = "tokenizer: vocab.json and merges.txt, the tokenizer folder of any SDXL model in diffusers layout"
@@ -251,37 +253,25 @@ def _fetch_hub(source: str, where: Path, sha256: str | None, revision: str | Non
     return fetched
 
 
-class _hub_errors:  # noqa: N801 (used like a function)
+@contextmanager
+def _hub_errors(source: str) -> Iterator[None]:
     """Turn what huggingface_hub raises into our errors, with the source in front."""
+    from huggingface_hub import errors  # noqa: PLC0415
 
-    def __init__(self, source: str) -> None:
-        self._source = source
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        from huggingface_hub import errors  # noqa: PLC0415
-
-        if error is None or not isinstance(error, Exception):
-            return
-        if isinstance(error, errors.GatedRepoError):
-            message = "asks for its terms to be accepted on its page first, then log in with 'hf auth login'"
-        elif isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
-            message = "the hub has no such repository or revision, or it is private: log in with 'hf auth login'"
-        elif isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-            message = "the repository has no such file"
-        elif isinstance(error, errors.OfflineModeIsEnabled):
-            raise StoreError(
-                f"{self._source}: the hub is switched off by HF_HUB_OFFLINE; unset it, or fetch the files on another "
-                "machine and give their folder"
-            ) from error
-        else:
-            raise TransientStoreError(
-                f"{self._source}: cannot reach the hub ({type(error).__name__}); check the network, or fetch the files "
-                "on another machine and give their folder"
-            ) from error
-        raise StoreError(f"{self._source}: {message}") from error
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        message = "asks for its terms to be accepted on its page first; then log in with 'hf auth login'"
+        raise StoreError(f"{source}: {message}") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        message = "the hub has no such repository or revision, or it is private: log in with 'hf auth login'"
+        raise StoreError(f"{source}: {message}") from error
+    except errors.OfflineModeIsEnabled as error:
+        message = "the hub is switched off by HF_HUB_OFFLINE; unset it, or"
+        raise StoreError(f"{source}: {message} {_BY_HAND}") from error
+    except Exception as error:  # the client lets through whatever its network library raises
+        message = f"cannot reach the hub ({type(error).__name__}); check the network, or"
+        raise TransientStoreError(f"{source}: {message} {_BY_HAND}") from error
 
 
 # --- data for people and programs ----------------------------------------------------------------------------------
