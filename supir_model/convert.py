@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from supir_model import folder, weights
 from supir_model.errors import WeightsError
 from supir_model.folder import Checksums, Description, SourceFile
-from supir_model.model import SupirModel
+from supir_model.loading import load_networks
 from supir_model.weights import Checkpoint
 
 _ROLES = {
@@ -34,14 +34,14 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: Literal["float32", "flo
     if target.exists() or target.is_symlink():
         raise WeightsError(f"'{target}' exists and is not overwritten; choose another folder or remove it")
     made_of = weights.sources(checkpoint)
-    model = SupirModel.load(checkpoint, "cpu")
+    networks, _ = load_networks(checkpoint, torch.device("cpu"))
     config = replace(checkpoint.config, display_name=_display_name(checkpoint))
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
         (partial / folder.TOKENIZER).mkdir(parents=True)
         kind = getattr(torch, dtype)
-        state = {key: value.to(kind).contiguous() for key, value in model.networks.state_dict().items()}
+        state = {key: value.to(kind).contiguous() for key, value in networks.state_dict().items()}
         save_file(state, partial / folder.WEIGHTS, metadata={"format": "pt"})  # one entry: its order is not fixed
         for name in folder.VOCABULARY:
             shutil.copyfile(checkpoint.tokenizer_folder / name, partial / folder.TOKENIZER / name)

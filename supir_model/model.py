@@ -11,17 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from supir_model import weights
 from supir_model.color import fix_color
 from supir_model.config import ColorFix, ModelConfig
 from supir_model.denoiser import denoise, guide, linear_cfg
 from supir_model.errors import RequestError
-from supir_model.folder import TOKENIZER
-from supir_model.lora import fuse
-from supir_model.networks import Conditioning, Networks, build_on_meta
+from supir_model.loading import load_networks
+from supir_model.networks import Conditioning, Networks
 from supir_model.noise import latent_noise
 from supir_model.sampler import SamplerSettings, Window, sample, windows_of
-from supir_model.text import SDXLTextEncoder, read_words
 from supir_model.weights import Checkpoint
 
 _POSTERIOR_DRAW = 0  # noise draws before the sampler's own
@@ -75,21 +72,7 @@ class SupirModel:
         device: torch device, default CUDA where there is one. Raises WeightsError.
         """
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if isinstance(source, Checkpoint):
-            config, tokenizer = source.config, source.tokenizer_folder
-            networks = build_on_meta(config)
-            state = weights.read_checkpoint(source, networks.state_dict())
-            weights.assign(networks, state, torch.float32, target)
-            for lora in source.loras:
-                fuse(networks, lora)
-        else:
-            config, path = weights.find(source)
-            tokenizer = path.parent / TOKENIZER
-            networks = build_on_meta(config)
-            weights.load_into(networks, path, torch.float32, target)
-        if isinstance(networks.text, SDXLTextEncoder):
-            networks.text.words = read_words(tokenizer)
-        networks.to(target)  # token positions are not among the weights
+        networks, config = load_networks(source, target)
         networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return cls(networks, config, target)
 

@@ -6,6 +6,7 @@ unpickler, which runs nothing of it. Tensors are mapped, not read; each is copie
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def identity(source: str | Path | Checkpoint) -> str:
     if isinstance(source, Checkpoint):
         hashes = {f"{i} {s.role} {s.scale}": s.sha256 for i, s in enumerate(sources(source))}
         text = folder.to_text(folder.Description(folder.FORMAT, source.config, ()))
-        return folder.combined(hashes | {"config": folder.combined({text: ""})})
+        return folder.combined(hashes | {"config": hashlib.sha256(text.encode()).hexdigest()})
     if source == TINY.name:
         return sha256(TINY_WEIGHTS)
     find(source)

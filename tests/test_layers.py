@@ -30,6 +30,7 @@ SUPIR_MODEL = [
     "checkpoint_keys",
     "weights",
     "lora",
+    "loading",
     "model",
     "convert",
     "training.degradations",
