@@ -28,6 +28,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from supir_batch import engine, runlog
 from supir_batch.decode import decode
 from supir_batch.engine import Device, Engine
+from supir_batch.errors import EngineError
 from supir_batch.settings import Runtime
 from supir_batch.stage import Stopwatch, failure_of
 from supir_batch.types import Job, ModelRef, TileTicket
@@ -41,7 +42,8 @@ _EMPTY = np.zeros((0, 0, 3), np.float32)
 def run(jobs: Sequence[Job], runtime: Runtime, on_row: Callable[[Row], None], run_id: str) -> None:
     """Do all jobs; ``on_row`` gets the run-log row (``runlog.SCHEMA``) of every image as it ends, in any order.
 
-    An exception raised by ``on_row`` stops the run; what was committed until then stays.
+    An exception raised by ``on_row`` stops the run; what was committed until then stays. Raises EngineError if the
+    engine cannot be loaded.
     """
     if not jobs:
         return
@@ -66,6 +68,8 @@ def run(jobs: Sequence[Job], runtime: Runtime, on_row: Callable[[Row], None], ru
         logged: set[str] = set()
         for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in table.to_pylist():
+                if row["failure_kind"] == EngineError.kind:
+                    raise EngineError(row["failure_message"])
                 if row["id"] not in logged:  # two writers may both see the last part of a cut image arrive
                     logged.add(row["id"])
                     on_row(row)
@@ -91,14 +95,21 @@ class _ModelStage(ABC):
     name: str
 
     def __init__(self, model: ModelRef | None, device: Device) -> None:
-        self._engine: Engine = engine.load_engine(model, device)
+        self._engine: Engine | EngineError
+        try:
+            self._engine = engine.load_engine(model, device)
+        except Exception as error:  # kept for the first tile: an exception here would make Ray try again and again
+            self._engine = EngineError(f"{type(error).__name__}: {error}")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         tickets: list[TileTicket] = [pickle.loads(ticket) for ticket in batch["ticket"]]
         working = [i for i, ticket in enumerate(tickets) if ticket.has_work and self.wanted(ticket)]
-        watch = Stopwatch(self.name, self._engine.device)
+        loaded = self._engine
+        watch = Stopwatch(self.name, "" if isinstance(loaded, EngineError) else loaded.device)
         try:
-            self.work(tickets, batch, working)
+            if isinstance(loaded, EngineError):
+                raise loaded
+            self.work(loaded, tickets, batch, working)
         except Exception as error:  # whatever it is, it concerns these tiles alone
             for i in working:
                 failure = failure_of(self.name, tickets[i].job.source, error)
@@ -112,7 +123,7 @@ class _ModelStage(ABC):
         return True
 
     @abstractmethod
-    def work(self, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
+    def work(self, loaded: Engine, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
         """Advance the tiles at the indices ``working`` in place."""
 
 
@@ -125,10 +136,10 @@ class CaptionStage(_ModelStage):
         """Images that came with a prompt keep it."""
         return ticket.job.settings.prompt is None
 
-    def work(self, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
+    def work(self, loaded: Engine, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
         """Fill in ``caption``."""
         for i in working:
-            tickets[i] = dataclasses.replace(tickets[i], caption=self._engine.caption(tickets[i], batch["preview"][i]))
+            tickets[i] = dataclasses.replace(tickets[i], caption=loaded.caption(tickets[i], batch["preview"][i]))
 
 
 class RestoreStage(_ModelStage):
@@ -136,14 +147,14 @@ class RestoreStage(_ModelStage):
 
     name = "restore"
 
-    def work(self, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
+    def work(self, loaded: Engine, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
         """Fill in the prompt and replace the pixels."""
         for i in working:
             caption = tickets[i].caption or tickets[i].job.settings.prompt or ""
             prompt = engine.full_prompt(tickets[i].job.settings, caption)
             tickets[i] = dataclasses.replace(tickets[i], caption=caption, prompt=prompt)
         pixels = list(batch["pixels"])
-        restored = self._engine.restore([tickets[i] for i in working], [pixels[i] for i in working])
+        restored = loaded.restore([tickets[i] for i in working], [pixels[i] for i in working])
         for i, tile in zip(working, restored, strict=True):
             pixels[i] = tile
         batch["pixels"] = pixels
