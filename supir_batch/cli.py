@@ -150,6 +150,91 @@ def report(output: OutputArgument, debug: DebugOption = False) -> None:
         typer.echo(build_report(_output_uri(output)))
 
 
+# --- models --------------------------------------------------------------------------------------------------------
+
+models_app = typer.Typer(no_args_is_help=True, help="Bring models here, convert them, and see whether they are whole.")
+app.add_typer(models_app, name="models")
+
+
+@models_app.command("list")
+def models_list(
+    folder: Annotated[str, typer.Argument(metavar="[FOLDER]", help="Folder or prefix that holds models.")] = "models",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show which models exist by name, what each is made of, and what FOLDER holds."""
+    with _errors(debug):
+        from supir_batch import models
+
+        if as_json:
+            typer.echo(json.dumps(models.listing(folder)))
+            return
+        for one in models.known():
+            typer.echo(f"{one.name:6} {one.display_name}; license: {one.license}")
+            for need in one.needs or ("in the package",):
+                typer.echo(f"       {need}")
+        found = models.present(folder)
+        typer.echo(f"{folder}:{'' if found else ' holds no model'}")
+        for thing in found:
+            typer.echo(f"  {thing.uri}  {thing.name or thing.kind}, {thing.bytes:,} bytes, {thing.state}")
+
+
+@models_app.command("check")
+def models_check(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, or the folder (path or URI) of a model.")],
+    debug: DebugOption = False,
+) -> None:
+    """Compare every file of a model with its hash, and its weights with the networks. Exit code 2: not whole."""
+    with _errors(debug):
+        from supir_batch import model_folder, models
+
+        problems = models.check(model)
+        for problem in problems:
+            typer.echo(f"error: {model}: {problem}", err=True)
+        if problems:
+            raise typer.Exit(2)
+        typer.echo(f"{model_folder.model_sha256(model)}  {model_folder.config(model).display_name}")
+
+
+@models_app.command("convert")
+def models_convert(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="v0Q or v0F.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="Folder to make; it must not exist.")],
+    base: Annotated[str, typer.Option(help="SDXL: one file, or a folder in diffusers layout.")],
+    supir: Annotated[str, typer.Option(help="The SUPIR file.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder with vocab.json and merges.txt; left out: the base folder's.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="PATH[=SCALE]", help="LoRA to add to the base. Repeatable.")
+    ] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store float16: half the size, rounded weights.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make one model folder from published files: weights, configuration, hashes, model card."""
+    with _errors(debug):
+        from supir_batch import models
+
+        made = models.convert(name, base, supir, tokenizer, lora or [], target, "float16" if half else "float32")
+        typer.echo(f"{made.identity}  {target}")
+
+
+@models_app.command("fetch")
+def models_fetch(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="hf://owner/name[/path], or any path or URI.")],
+    target: Annotated[str, typer.Argument(metavar="[FOLDER]", help="Local folder to put it into.")] = "models",
+    sha256: Annotated[str | None, typer.Option(help="Hash the file must have.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for hf:// sources.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Bring a file or a folder of files here; an interrupted copy is continued, hashes are checked."""
+    with _errors(debug):
+        from supir_batch import models
+
+        for one in models.fetch(source, target, sha256, revision, lambda line: typer.echo(line, err=True)):
+            typer.echo(f"{one.sha256}  {one.path}")
+
+
 # --- shared steps --------------------------------------------------------------------------------------------------
 
 
@@ -198,9 +283,9 @@ def _plan(manifest_uri: str, overrides: list[str] | None) -> tuple[Manifest, Pla
 
     model_sha256 = ""
     if loaded.engine.name == "supir":
-        from supir_batch import engine
+        from supir_batch import model_folder
 
-        model_sha256 = engine.model_sha256(loaded.engine.weights)
+        model_sha256 = model_folder.model_sha256(loaded.engine.weights)
     return loaded, make_plan(loaded, manifest_uri, model_sha256)
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
+from supir_batch import model_folder
 from supir_batch.errors import ImageError
-from supir_batch.types import FloatImage, Settings, TileTicket
-from supir_model.config import MODELS
+from supir_batch.types import FloatImage, ModelRef, Settings, TileTicket
 
 if TYPE_CHECKING:
     from supir_model.model import Request, Sampling, SupirModel
@@ -49,14 +49,14 @@ class LanczosEngine:
 class SupirEngine:
     """SUPIR: the model is loaded in the constructor and reused for every tile."""
 
-    def __init__(self, weights: str, device: Device) -> None:
+    def __init__(self, model: ModelRef, device: Device) -> None:
         import torch  # noqa: PLC0415
 
         from supir_model.model import SupirModel  # noqa: PLC0415
 
         # one fixed number: sums over another number of threads round differently, and outputs would differ in bytes
         torch.set_num_threads(os.cpu_count() or 1)
-        self._model: SupirModel = SupirModel.load(weights, None if device == "auto" else device)
+        self._model: SupirModel = SupirModel.load(model_folder.local(model.uri), None if device == "auto" else device)
         self.device = str(self._model.device)
 
     def caption(self, ticket: TileTicket, preview: FloatImage) -> str:
@@ -98,21 +98,14 @@ class SupirEngine:
         )
 
 
-def load_engine(settings: Settings, device: Device) -> Engine:
-    """The engine that the settings name, ready to work."""
-    return LanczosEngine() if settings.engine == "lanczos" else SupirEngine(settings.weights, device)
+def load_engine(model: ModelRef | None, device: Device) -> Engine:
+    """The engine with this model, ready to work; without one, the baseline."""
+    return LanczosEngine() if model is None else SupirEngine(model, device)
 
 
-def alignment(settings: Settings) -> int:
+def alignment(model: ModelRef | None) -> int:
     """Tile origins must be multiples of this many pixels, so that tiles lie on the model's latent grid."""
-    return 1 if settings.engine == "lanczos" else MODELS[settings.weights].alignment
-
-
-def model_sha256(weights: str) -> str:
-    """Hash of a shipped model's weights file, part of every fingerprint. Raises WeightsError."""
-    from supir_model import weights as files  # noqa: PLC0415
-
-    return files.sha256(files.find(weights)[1])
+    return 1 if model is None else model.config.alignment
 
 
 def full_prompt(settings: Settings, caption: str) -> str:

@@ -31,7 +31,7 @@ from supir_batch.engine import Device, Engine
 from supir_batch.errors import EngineError
 from supir_batch.settings import Runtime
 from supir_batch.stage import Stopwatch, failure_of
-from supir_batch.types import Job, Settings, TileTicket
+from supir_batch.types import Job, ModelRef, TileTicket
 from supir_batch.write import write
 
 Row = dict[str, Any]  # ticket: pickled TileTicket; pixels, alpha, preview: float32 arrays, empty once used up
@@ -51,7 +51,7 @@ def run(jobs: Sequence[Job], runtime: Runtime, on_row: Callable[[Row], None], ru
     actors: Row = {
         "compute": ActorPoolStrategy(size=runtime.actors),
         # engine, weights and license are the manifest's, the same for every job
-        "fn_constructor_args": (jobs[0].settings, runtime.device),
+        "fn_constructor_args": (jobs[0].model, runtime.device),
         # a captioner and a restorer share what one worker may have
         "num_gpus": runtime.gpus_per_actor / (2 if captioned else 1),
         "num_cpus": 0,  # so that waiting models never starve the CPU stages
@@ -85,7 +85,7 @@ def decode_stage(row: Row) -> list[Row]:
             "alpha": tile.alpha,
             "preview": tile.preview,
         }
-        for tile in decode(job, engine.alignment(job.settings))
+        for tile in decode(job, engine.alignment(job.model))
     ]
 
 
@@ -94,10 +94,10 @@ class _ModelStage(ABC):
 
     name: str
 
-    def __init__(self, settings: Settings, device: Device) -> None:
+    def __init__(self, model: ModelRef | None, device: Device) -> None:
         self._engine: Engine | EngineError
         try:
-            self._engine = engine.load_engine(settings, device)
+            self._engine = engine.load_engine(model, device)
         except Exception as error:  # kept for the first tile: an exception here would make Ray try again and again
             self._engine = EngineError(f"{type(error).__name__}: {error}")
 

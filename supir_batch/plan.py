@@ -17,7 +17,7 @@ from supir_batch import runlog, store
 from supir_batch.errors import ManifestError, StoreError
 from supir_batch.manifest import IMAGE_EXTENSIONS, describe, list_sources
 from supir_batch.settings import Manifest, resolve, settings_hash
-from supir_batch.types import Failure, Job, Settings, Source
+from supir_batch.types import Failure, Job, ModelRef, Settings, Source
 
 SCRATCH_FOLDER = "_parts"
 
@@ -150,6 +150,7 @@ def _job(manifest: Manifest, source: Source, model_sha256: str, settings: Settin
         settings_sha256=settings_hash(settings),
         output_stem=stem,
         scratch_uri=store.join(manifest.output.uri, SCRATCH_FOLDER),
+        model=ModelRef(manifest.engine.weights, manifest.engine.config) if settings.engine == "supir" else None,
     )
 
 

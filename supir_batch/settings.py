@@ -31,10 +31,10 @@ from pydantic import (
     model_validator,
 )
 
-from supir_batch import store
+from supir_batch import model_folder, store
 from supir_batch.errors import ManifestError
 from supir_batch.types import Settings, Source
-from supir_model.config import MODELS, ModelConfig, SamplingDefaults
+from supir_model.config import MODELS, TINY, ModelConfig, Prompts, SamplingDefaults
 
 ENVIRONMENT_PREFIX = "SUPIR_BATCH__"
 DEFAULT_NOTICE = "AI-assisted reconstruction; details may not be in the original"
@@ -87,7 +87,9 @@ class Engine(_Section):
     name: Literal["supir", "lanczos"] = Field(
         default="supir", description="supir: generative; lanczos: plain enlargement."
     )
-    weights: str = Field(default="tiny", description="Model of the supir engine: tiny, v0Q or v0F.")
+    weights: str = Field(
+        default="tiny", min_length=1, description="Model: tiny, or the folder (path or URI) of a converted model."
+    )
     preset: Literal["fidelity", "quality"] = Field(default="fidelity", description="fidelity: close to the source.")
     steps: int | None = Field(default=None, ge=1, le=1000, description="Sampling steps.")
     cfg_start: float | None = Field(
@@ -119,19 +121,25 @@ class Engine(_Section):
         default=None, description="Name of the license of restricted weights, as acceptance."
     )
 
-    @field_validator("weights")
-    @classmethod
-    def _known_weights(cls, weights: str) -> str:
-        if weights not in MODELS:
-            raise ValueError(f"names no known model; choose one of {', '.join(MODELS)}{_hint(weights, MODELS)}")
-        return weights
+    _config: ModelConfig = PrivateAttr(default=TINY)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration of the model that ``weights`` names; of ``tiny`` for an engine without a model."""
+        return self._config
 
     @model_validator(mode="after")
     def _license_accepted(self) -> Engine:
-        needed = MODELS[self.weights].license
-        if self.name == "supir" and needed in _ACCEPTANCE_NEEDED and self.accept_license != needed:
+        if self.name != "supir":
+            return self
+        try:
+            self._config = model_folder.config(self.weights)
+        except ManifestError as error:
+            raise ValueError(str(error)) from error
+        needed = self._config.license
+        if needed in _ACCEPTANCE_NEEDED and self.accept_license != needed:
             raise ValueError(
-                f"weights '{self.weights}' may be used under the license '{needed}' only; "
+                f"weights '{self._config.name}' may be used under the license '{needed}' only; "
                 f"read it and add 'accept_license: {needed}'"
             )
         return self
@@ -146,11 +154,15 @@ class Caption(_Section):
         "fixed: text; none: only the positive prompt.",
     )
     text: str | None = Field(default=None, description="The caption of every image, for mode fixed.")
+    material: Material = Field(default="photograph", description="What the images are; a list row may say otherwise.")
+    prompts: Literal["material", "release"] = Field(
+        default="material", description="material: prompts for the material; release: those SUPIR was published with."
+    )
     positive_prompt: str | None = Field(
-        default=None, description="Appended to every caption; left out: the model's own."
+        default=None, description="Appended to every caption; left out: as prompts says."
     )
     negative_prompt: str | None = Field(
-        default=None, description="What guidance leads away from; left out: the model's own."
+        default=None, description="What guidance leads away from; left out: as prompts says."
     )
 
     @model_validator(mode="after")
@@ -388,12 +400,21 @@ def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _make_absolute(data: dict[str, Any], folder: str) -> None:
-    """Resolve ``inputs`` and ``output.uri`` against ``folder``; values of a wrong type are left to validation."""
+    """Resolve what names places against ``folder``; values of a wrong type are left to validation."""
     inputs = data.get("inputs")
     if isinstance(inputs, str) and inputs:
         data["inputs"] = [_absolute_input(folder, inputs)]
     elif isinstance(inputs, list):
         data["inputs"] = [_absolute_input(folder, one) if isinstance(one, str) and one else one for one in inputs]
+    engine = data.get("engine")
+    weights = engine.get("weights") if isinstance(engine, dict) else None
+    if isinstance(engine, dict) and isinstance(weights, str) and weights and weights != TINY.name:
+        absolute = store.resolve(folder, weights)
+        # a bare name of a model is a folder only if there is one, so that the message can speak of the name
+        data["engine"] = {
+            **engine,
+            "weights": weights if weights in MODELS and not store.is_folder(absolute) else absolute,
+        }
     output = data.get("output")
     if isinstance(output, dict) and isinstance(output.get("uri"), str) and output["uri"]:
         data["output"] = {**output, "uri": store.resolve(folder, output["uri"])}
@@ -495,14 +516,14 @@ def resolve(manifest: Manifest, source: Source, model_sha256: str, sidecar: str 
     engine, generative = manifest.engine, manifest.engine.name == "supir"
     sampling = _sampling(manifest)
     prompt, prompt_source = _prompt(manifest, source, sidecar)
-    config = MODELS[engine.weights]
+    config, prompts = engine.config, _prompts(manifest, source)
     window, stride = _window(manifest) if generative else (0, 0)
     tau = sampling["restoration_tau"]
     return Settings(
         engine=engine.name,
         engine_name=config.display_name if generative else "Lanczos",
         model_sha256=model_sha256 if generative else "",
-        weights=engine.weights if generative else "",
+        weights=config.name if generative else "",
         preset=engine.preset if generative else "",
         steps=int(sampling["steps"]),
         cfg_start=float(sampling["cfg_start"]),
@@ -521,9 +542,9 @@ def resolve(manifest: Manifest, source: Source, model_sha256: str, sidecar: str 
         caption_mode=manifest.caption.mode if generative else "none",
         prompt=prompt,
         prompt_source=prompt_source,
-        positive_prompt=_positive(manifest) if generative else "",
-        negative_prompt=_negative(manifest, source) if generative else "",
-        material=(source.material or "") if generative else "",
+        positive_prompt=prompts.positive if generative else "",
+        negative_prompt=prompts.negative if generative else "",
+        material=_material(manifest, source) if generative else "",
         run_seed=engine.seed if generative else 0,
         seed=source.seed if generative else None,
         format=manifest.output.format,
@@ -541,7 +562,7 @@ _SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingDefaul
 
 
 def _preset(manifest: Manifest) -> SamplingDefaults:
-    presets = MODELS[manifest.engine.weights].presets
+    presets = manifest.engine.config.presets
     if manifest.engine.preset not in presets:
         raise ManifestError(
             f"engine.preset: weights '{manifest.engine.weights}' have no preset '{manifest.engine.preset}'; "
@@ -564,7 +585,7 @@ def _sampling(manifest: Manifest) -> dict[str, Any]:
 
 def _window(manifest: Manifest) -> tuple[int, int]:
     """Window and stride in latent positions. A narrower window keeps the model's stride within it."""
-    config: ModelConfig = MODELS[manifest.engine.weights]
+    config = manifest.engine.config
     window = config.window if manifest.tiling.window is None else manifest.tiling.window
     stride = min(config.stride, window) if manifest.tiling.stride is None else manifest.tiling.stride
     return window, stride
@@ -572,19 +593,22 @@ def _window(manifest: Manifest) -> tuple[int, int]:
 
 def _min_size(manifest: Manifest) -> int:
     given = manifest.engine.min_size
-    return MODELS[manifest.engine.weights].min_size if given is None else given
+    return manifest.engine.config.min_size if given is None else given
 
 
-def _positive(manifest: Manifest) -> str:
-    given = manifest.caption.positive_prompt
-    return MODELS[manifest.engine.weights].positive_prompt if given is None else given
+def _material(manifest: Manifest, source: Source | None) -> str:
+    return (source.material if source else None) or manifest.caption.material
 
 
-def _negative(manifest: Manifest, source: Source | None) -> str:
-    for given in (source.negative_prompt if source else None, manifest.caption.negative_prompt):
-        if given is not None:
-            return given
-    return MODELS[manifest.engine.weights].negative_prompt
+def _prompts(manifest: Manifest, source: Source | None) -> Prompts:
+    """Positive suffix and negative prompt: the row's, else the manifest's, else those of material or release."""
+    caption, model = manifest.caption, manifest.engine.config
+    chosen = model.release_prompts if caption.prompts == "release" else model.prompts_for(_material(manifest, source))
+    negatives = (source.negative_prompt if source else None, caption.negative_prompt, chosen.negative)
+    return Prompts(
+        chosen.positive if caption.positive_prompt is None else caption.positive_prompt,
+        next(negative for negative in negatives if negative is not None),
+    )
 
 
 def _prompt(manifest: Manifest, source: Source, sidecar: str | None) -> tuple[str | None, str]:
@@ -612,11 +636,15 @@ def _prompt(manifest: Manifest, source: Source, sidecar: str | None) -> tuple[st
 def explain(manifest: Manifest) -> list[Explained]:
     """Every key with the value that will be used and where that comes from; values a list row gives come on top.
 
-    ``origin`` is ``manifest``, ``environment``, ``flag``, ``default``, ``preset <preset> of <weights>``,
-    ``model <weights>`` or ``not used by lanczos``.
+    ``origin`` is ``manifest``, ``environment``, ``flag``, ``default``, ``preset <preset> of <model>``,
+    ``model <model>``, ``prompts for <material> of <model>``, ``prompts of the release of <model>`` or ``not used by
+    lanczos``.
     """
     engine, generative = manifest.engine, manifest.engine.name == "supir"
-    preset, model = f"preset {engine.preset} of {engine.weights}", f"model {engine.weights}"
+    preset, model = f"preset {engine.preset} of {engine.config.name}", f"model {engine.config.name}"
+    of_release = manifest.caption.prompts == "release"
+    origin = f"prompts {'of the release' if of_release else f'for {manifest.caption.material}'} of {engine.config.name}"
+    prompts = _prompts(manifest, None)
     filled: dict[str, tuple[object, str]] = {}
     if generative:
         filled = {f"engine.{key}": (value, preset) for key, value in _sampling(manifest).items()}
@@ -625,8 +653,8 @@ def explain(manifest: Manifest) -> list[Explained]:
             "engine.min_size": (_min_size(manifest), model),
             "tiling.window": (window, model),
             "tiling.stride": (stride, model),
-            "caption.positive_prompt": (_positive(manifest), model),
-            "caption.negative_prompt": (_negative(manifest, None), model),
+            "caption.positive_prompt": (prompts.positive, origin),
+            "caption.negative_prompt": (prompts.negative, origin),
         }
     used_by_lanczos = {"engine.name", "engine.upscale", "tiling.max_pixels", "tiling.overlap"}
     explained = []

@@ -11,6 +11,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from supir_model.config import ModelConfig
+
 FloatImage = NDArray[np.float32]  # [H, W, C], values in [0, 1]
 
 OutputFormat = Literal["tiff", "png", "jpeg"]
@@ -83,6 +85,17 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class ModelRef:
+    """The model of a generative engine: ``tiny`` or the URI of a converted model's folder, and its configuration.
+
+    No part of the settings: a model that moves is the same model, its hash is in ``Settings.model_sha256``.
+    """
+
+    uri: str
+    config: ModelConfig = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Job:
     """One image and all that was decided about it before its pixels were read.
 
@@ -94,6 +107,7 @@ class Job:
     settings_sha256: str
     output_stem: str
     scratch_uri: str  # where parts of a cut image wait for assembly
+    model: ModelRef | None = None  # None: the engine has none
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from supir_model import weights
 from supir_model.color import fix_color
 from supir_model.config import ColorFix, ModelConfig
 from supir_model.denoiser import denoise, guide, linear_cfg
 from supir_model.errors import RequestError
-from supir_model.networks import Conditioning, Networks, build_on_meta
+from supir_model.loading import load_networks
+from supir_model.networks import Conditioning, Networks
 from supir_model.noise import latent_noise
 from supir_model.sampler import SamplerSettings, Window, sample, windows_of
+from supir_model.weights import Checkpoint
 
 _POSTERIOR_DRAW = 0  # noise draws before the sampler's own
 _FIRST_SAMPLER_DRAW = 1
@@ -63,13 +66,13 @@ class SupirModel:
         self.device = device
 
     @classmethod
-    def load(cls, name: str = "tiny", device: str | None = None) -> SupirModel:
-        """Load shipped weights by name. device: torch device, default CUDA where there is one. Raises WeightsError."""
-        config, path = weights.find(name)
+    def load(cls, source: str | Path | Checkpoint = "tiny", device: str | None = None) -> Self:
+        """Load a model: ``tiny``, the folder of a converted one, or published files (``weights.Checkpoint``).
+
+        device: torch device, default CUDA where there is one. Raises WeightsError.
+        """
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        networks = build_on_meta(config)
-        weights.load_into(networks, path, torch.float32, target)
-        networks.to(target)  # token positions are not among the weights
+        networks, config = load_networks(source, target)
         networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return cls(networks, config, target)
 

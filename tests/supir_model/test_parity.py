@@ -10,6 +10,9 @@ import gzip
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,14 +22,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from supir_model import folder as model_folder
 from supir_model import model, weights
 from supir_model.checkpoint_keys import IGNORED, from_released, origin, to_released
 from supir_model.color import adain, decompose, wavelet
 from supir_model.config import MODELS, V0Q, ControlConfig, ModelConfig, TextConfig, TowerConfig, UNetConfig, VAEConfig
 from supir_model.control import ControlEncoder
+from supir_model.convert import convert
 from supir_model.denoiser import (
     denoise,
     guide,
@@ -751,20 +756,29 @@ class ReplayingModel(model.SupirModel):
         return noise
 
 
-def check_e2e(case: Case, measure: Measure) -> None:
-    facts, run = case.facts, case.facts["run"]
-    t = {key.removeprefix(f"{run}_"): value for key, value in case.tensors.items() if key.startswith(f"{run}_")}
-    config = replace(
+def e2e_config(case: Case) -> ModelConfig:
+    facts = case.facts
+    return replace(
         V0Q,
         unet=unet_config(facts["net"]),
         control=control_config(facts["net"]),
         vae=vae_config(facts["vae_ddconfig"], V0Q.vae.scale),
         text=text_config(facts["text_config"], case.keys),
     )
+
+
+def check_e2e(case: Case, measure: Measure) -> None:
+    config = e2e_config(case)
     networks = build_on_meta(config)
     fill(networks, case.keys, config)
+    compare_e2e(case, measure, ReplayingModel(networks, config, torch.device("cpu")))
+
+
+def compare_e2e(case: Case, measure: Measure, supir: ReplayingModel) -> None:
+    """Restore the recorded image with the recorded noise and tokens; compare every recorded step."""
+    facts, run, networks = case.facts, case.facts["run"], supir.networks
+    t = {key.removeprefix(f"{run}_"): value for key, value in case.tensors.items() if key.startswith(f"{run}_")}
     networks.text.words = recorded_words(case.folder)
-    supir = ReplayingModel(networks, config, torch.device("cpu"))
     supir.draws = [t[f"draw{i}"] for i in range(facts["n_draws"])]
 
     (prompt,) = facts["prompts"]
@@ -823,6 +837,140 @@ def e2e_sampling(facts: Json, window: int) -> model.Sampling:
     cfg_end = arguments["cfg_scale"]
     cfg_start = arguments["cfg_scale_start"] if arguments.get("use_linear_CFG") else cfg_end
     return model.Sampling(edm, cfg_start, cfg_end, arguments["color_fix_type"].lower())
+
+
+# --- published files -----------------------------------------------------------------------------------------------
+
+_SUPIR_PREFIXES = (
+    "model.control_model.",
+    "model.diffusion_model.project_modules.",
+    "first_stage_model.denoise_encoder.",
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """The recorded models' weights in files, laid out as SDXL and SUPIR publish theirs."""
+
+    config: ModelConfig
+    base: dict[str, Tensor]
+    supir: dict[str, Tensor]
+    tokenizer: Path
+
+    def write(self, form: str, folder: Path) -> Path | weights.Checkpoint:
+        """What to give to ``SupirModel.load`` for one form of the files."""
+        base, supir = folder / "sdxl.safetensors", folder / "SUPIR.ckpt"
+        if form == "fp16":
+            save_file({key: value.half() for key, value in self.base.items()}, base)
+            torch.save({key: value.half() for key, value in self.supir.items()}, supir)
+        elif form == "diffusers folder":
+            base = folder / "sdxl"
+            self._write_diffusers(base)
+            torch.save(self.supir, supir)
+        else:
+            save_file(self.base, base)
+            torch.save({"state_dict": self.supir} if form == "wrapped ckpt" else self.supir, supir)
+        if form == "safetensors":
+            supir = folder / "SUPIR.safetensors"
+            save_file(self.supir, supir)
+        checkpoint = weights.Checkpoint(self.config, base, supir, None if base.is_dir() else self.tokenizer)
+        if form == "converted":
+            convert(checkpoint, folder / "model")
+            return folder / "model"
+        return checkpoint
+
+    def _write_diffusers(self, base: Path) -> None:
+        """By the libraries' own writers."""
+        networks = build_on_meta(self.config)
+        state = from_released({**self.base, **self.supir}, networks.state_dict(), self.config)
+        networks.load_state_dict(state, assign=True)
+        vae = networks.vae.autoencoder
+        vae.encoder = networks.vae.encoder
+        vae.save_pretrained(base / "vae")
+        networks.unet.base.save_pretrained(base / "unet")
+        networks.text.clip_l.save_pretrained(base / "text_encoder")
+        networks.text.bigg.save_pretrained(base / "text_encoder_2")
+        shutil.copytree(self.tokenizer, base / "tokenizer")
+
+
+def published(case: Case, folder: Path) -> Published:
+    tokenizer = folder / "clip"
+    tokenizer.mkdir()
+    ends = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}
+    (tokenizer / "vocab.json").write_text(json.dumps(ends))
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
+    every = {key: weight(key, shape) for key, shape in case.keys.items()}
+    supir = {key: value for key, value in every.items() if key.startswith(_SUPIR_PREFIXES)}
+    base = {key: value for key, value in every.items() if key not in supir}
+    supir["model.control_model.mask_LQ"] = torch.zeros(1, 4, 64, 64)
+    base["denoiser.sigmas"] = sigma_table().clone()
+    return Published(e2e_config(case), base, supir, tokenizer)
+
+
+def whole_model_cases(request: pytest.FixtureRequest) -> list[Case]:
+    folder = request.config.getoption("--vectors")
+    cases = [case for case in find_cases(folder) if case.kind == "e2e"] if folder.is_dir() else []
+    if not cases:
+        pytest.skip(f"no recorded whole model in {folder}: loading published files is not compared; use --vectors")
+    return cases
+
+
+@pytest.mark.parametrize("form", ["ckpt", "wrapped ckpt", "safetensors", "diffusers folder", "converted"])
+@torch.inference_mode()
+def test_published_files_give_the_recorded_images(form: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    cases = whole_model_cases(request)
+    supir = ReplayingModel.load(published(cases[0], tmp_path).write(form, tmp_path), "cpu")
+    assert supir.networks.text.words("a") == [2]  # the folder's vocabulary; the recorded tokens take its place
+    for case in cases if form in ("ckpt", "safetensors") else cases[:1]:
+        measure = Measure(f"{_name(case)} from {form}")
+        compare_e2e(case, measure, supir)
+        assert not measure.failures, f"{measure.name}: " + "; ".join(measure.failures)
+
+
+def test_half_precision_files_give_the_rounded_weights(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    case = whole_model_cases(request)[0]
+    files = published(case, tmp_path)
+    state = model.SupirModel.load(files.write("fp16", tmp_path), "cpu").networks.state_dict()
+    rounded = {key: value.half().float() for key, value in {**files.base, **files.supir}.items()}
+    wanted = from_released(rounded, state, files.config)
+    assert state.keys() == wanted.keys()
+    assert all(value.dtype == torch.float32 and torch.equal(value, wanted[key]) for key, value in state.items())
+
+
+_LOAD = """
+import sys, torch
+from pathlib import Path
+from supir_model import folder, weights
+from supir_model.model import SupirModel
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+tokenizer, config, base, supir = map(Path, sys.argv[1:])
+config = folder.read_description(config.read_text(), "config").model
+before = peak()
+model = SupirModel.load(weights.Checkpoint(config, base, supir, tokenizer), "cpu")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize(("form", "copies"), [("ckpt", 1.7), ("safetensors", 1.7)])
+def test_loading_holds_little_more_than_one_copy(
+    form: str, copies: float, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    files = published(whole_model_cases(request)[0], tmp_path)
+    checkpoint = files.write(form, tmp_path)
+    assert isinstance(checkpoint, weights.Checkpoint)
+    described = model_folder.to_text(model_folder.Description(model_folder.FORMAT, files.config, ()))
+    (tmp_path / "config.json").write_text(described)
+    arguments = [files.tokenizer, tmp_path / "config.json", checkpoint.base, checkpoint.supir]
+    command = [sys.executable, "-c", _LOAD, *map(str, arguments)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    size = checkpoint.base.stat().st_size + checkpoint.supir.stat().st_size
+    print(f"peak memory {int(ran.stdout) / size:.2f} of the files' {size} bytes")
+    assert int(ran.stdout) < copies * size
 
 
 # --- names and shapes ----------------------------------------------------------------------------------------------
