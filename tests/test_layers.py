@@ -26,6 +26,7 @@ SUPIR_MODEL = [
     "sampler",
     "color",
     "caption",
+    "llava",
     "checkpoint_keys",
     "weights",
     "model",
