@@ -33,7 +33,7 @@ def _describe(image: Tensor, material: str) -> str:
         tone = f"a color {material} in cool tones"
     else:
         tone = f"a color {material}"
-    mean, spread = float(luma.mean()), float(luma.std())
+    mean, spread = float(luma.mean()), float(luma.std(correction=0))
     brightness = "dark" if mean < 0.33 else "bright" if mean > 0.62 else "evenly lit"
     contrast = "low contrast" if spread < 0.13 else "high contrast" if spread > 0.27 else "medium contrast"
     return f"{tone}, {brightness}, {contrast}, {_detail(luma)}"
@@ -44,5 +44,5 @@ def _detail(luma: Tensor) -> str:
     if min(luma.shape) < 5:
         return "plain"
     smooth = F.avg_pool2d(luma[None, None], 5, stride=1)[0, 0]
-    fine = float((luma[2:-2, 2:-2] - smooth).std())
+    fine = float((luma[2:-2, 2:-2] - smooth).std(correction=0))
     return "richly detailed" if fine > 0.06 else "plain" if fine < 0.02 else "detailed"

@@ -42,7 +42,8 @@ def adain(content: Tensor, style: Tensor) -> Tensor:
     """Content with the per-channel mean and standard deviation of style (Huang & Belongie 2017)."""
 
     def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-        std = (x.var(dim=(2, 3), keepdim=True) + 1e-5).sqrt()
+        correction = min(1, x[0, 0].numel() - 1)  # unbiased, but one pixel has no unbiased variance
+        std = (x.var(dim=(2, 3), correction=correction, keepdim=True) + 1e-5).sqrt()
         return x.mean(dim=(2, 3), keepdim=True), std
 
     mean, std = statistics(content)

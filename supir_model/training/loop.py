@@ -56,10 +56,14 @@ def train(networks: Networks, stage: Stage, crops: PhotographCrops, config: Loop
         optimizer.load_state_dict(state["optimizer"])
         average = state["average"]
         generator.set_state(state["generator"])
+    metrics_path = run / "metrics.jsonl"
+    if metrics_path.exists():  # what was done after the checkpoint is done again
+        kept = [line for line in metrics_path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        metrics_path.write_text("".join(f"{line}\n" for line in kept))
 
     device = parameters[0].device
     started = saved = time.monotonic()
-    with (run / "metrics.jsonl").open("a") as metrics_file:
+    with metrics_path.open("a") as metrics_file:
         while step < config.steps:
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * _schedule(step, config)

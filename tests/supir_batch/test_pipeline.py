@@ -37,7 +37,8 @@ def manifest(folder: Path, **sections: object) -> Path:
 
 
 def run(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, "run", str(path), "--json", *flags], capture_output=True, text=True, timeout=300)
+    command = [*COMMAND, "run", str(path), "--json", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def log_rows(output: Path) -> list[dict[str, object]]:

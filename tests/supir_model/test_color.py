@@ -45,3 +45,9 @@ def test_adain_takes_mean_and_deviation_per_image_and_channel() -> None:
 
 def test_adain_of_a_flat_image_is_finite() -> None:
     assert adain(torch.zeros(1, 3, 8, 8), images(1)).isfinite().all()
+
+
+def test_one_pixel_takes_the_color_of_its_style() -> None:
+    content, style = torch.full((1, 3, 1, 1), 0.5), torch.full((1, 3, 1, 1), -0.25)
+    for method in ("wavelet", "adain"):
+        assert torch.allclose(fix_color(content, style, method), style)

@@ -1,0 +1,86 @@
+"""The shipped model through its one door."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from supir_model import weights
+from supir_model.config import TINY, TINY_WEIGHTS
+from supir_model.errors import RequestError, WeightsError
+from supir_model.model import Request, Sampling, SupirModel
+from supir_model.sampler import EDMSettings
+
+QUICK = Sampling(EDMSettings(steps=2, restoration_tau=4.0, churn=5.0, window=16, stride=8), 1.0, 2.0, "wavelet")
+
+
+@pytest.fixture(scope="module")
+def model() -> SupirModel:
+    return SupirModel.load("tiny", device="cpu")
+
+
+def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_the_shipped_weights_are_small_and_load_quickly() -> None:
+    assert TINY_WEIGHTS.stat().st_size <= 20_000_000
+    started = time.perf_counter()
+    SupirModel.load("tiny", device="cpu")
+    assert time.perf_counter() - started < 10  # about 0.3 s; the limit only catches a reading that went wrong
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (16, 16), (17, 31), (70, 100)])
+def test_any_size_comes_back_at_its_size(model: SupirModel, height: int, width: int) -> None:
+    restored = model.restore([Request(picture(height, width), "", "", seed=1)], QUICK)[0]
+    assert restored.shape == (3, height, width)
+    assert torch.isfinite(restored).all()
+    assert restored.abs().max() <= 1
+    assert model.first_stage(picture(height, width)).shape == (3, height, width)
+
+
+def test_company_does_not_change_a_result(model: SupirModel) -> None:
+    requests = [Request(picture(40, 56, i), f"prompt {i}", "blurry", seed=i) for i in range(3)]
+    together = model.restore(requests, QUICK)
+    for request, restored in zip(requests, together, strict=True):
+        assert torch.equal(model.restore([request], QUICK)[0], restored)
+
+
+def test_seed_and_prompt_change_a_result(model: SupirModel) -> None:
+    base = Request(picture(32, 32), "a photograph", "blurry", seed=1)
+    restored = model.restore([base], QUICK)[0]
+    for other in (
+        Request(base.image, "a photograph", "blurry", seed=2),
+        Request(base.image, "a black and white photograph", "blurry", seed=1),
+    ):
+        assert not torch.equal(model.restore([other], QUICK)[0], restored)
+
+
+def test_control_scale_reaches_the_networks(model: SupirModel) -> None:
+    request = Request(picture(32, 32), "", "", seed=1)
+    weak = Sampling(EDMSettings(steps=2, control_scale=0.5), 1.0, 1.0, "none")
+    full = Sampling(EDMSettings(steps=2, control_scale=1.0), 1.0, 1.0, "none")
+    assert not torch.allclose(model.restore([request], weak)[0], model.restore([request], full)[0], atol=1e-3)
+
+
+def test_a_tile_off_the_latent_grid_is_refused(model: SupirModel) -> None:
+    with pytest.raises(RequestError, match="multiple of 4"):
+        model.restore([Request(picture(16, 16), "", "", seed=1, top=3)], QUICK)
+
+
+def test_an_image_of_the_wrong_shape_is_refused(model: SupirModel) -> None:
+    with pytest.raises(RequestError, match=r"got \[1, 16, 16\]"):
+        model.restore([Request(torch.zeros(1, 16, 16), "", "", seed=1)], QUICK)
+
+
+def test_unknown_weights_are_refused_with_the_choices() -> None:
+    with pytest.raises(WeightsError, match="tiny"):
+        weights.find("huge")
+
+
+def test_presets_name_settings_the_sampler_accepts() -> None:
+    for preset in TINY.presets.values():
+        assert preset.steps >= 1
+        assert preset.restoration_tau is None or preset.restoration_tau > 0
