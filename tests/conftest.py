@@ -55,7 +55,8 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template="{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
-        "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}",
+        "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %} ASSISTANT:{% endif %}",
     ).save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(1)

@@ -46,6 +46,7 @@ SUPIR_BATCH = [
     "manifest",
     "tiles",
     "runlog",
+    "captions",
     "plan",
     "probe",
     "resample",
@@ -56,12 +57,14 @@ SUPIR_BATCH = [
     "commit",
     "decode",
     "engine",
+    "captioner",
     "stitch",
     "write",
     "pipeline",
     "report.build",
     "progress",
     "driver",
+    "caption_list",
     "cli",
     "__main__",
     "demo",
@@ -146,6 +149,7 @@ def test_the_pipeline_reaches_torch_only_through_the_engine() -> None:
             tops = {name.split(".")[0] for name in named}
             if module not in (
                 "supir_batch.engine",
+                "supir_batch.captioner",
                 "supir_batch.demo",
             ):  # the demo degrades photographs as training does
                 assert not tops & {"torch", "diffusers", "transformers"}, module

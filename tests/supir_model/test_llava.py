@@ -21,7 +21,9 @@ def requests(count: int = 4) -> list[CaptionRequest]:
     generator = torch.Generator().manual_seed(3)
     sizes = [(40, 56), (28, 28), (9, 300), (1, 1)]
     return [
-        CaptionRequest(torch.rand((3, *sizes[i]), generator=generator) * 2 - 1, "What is it?" + " Say more." * i, seed=i)
+        CaptionRequest(
+            torch.rand((3, *sizes[i]), generator=generator) * 2 - 1, "What is it?" + " Say more." * i, seed=i
+        )
         for i in range(count)
     ]
 
