@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from supir_batch import runlog, store
+from supir_batch.captions import CAPTIONS_FOLDER
 from supir_batch.driver import EXIT_DONE, EXIT_SOME_FAILED, EXIT_STOPPED, Stopped, signal_number, signals
 from supir_batch.errors import ManifestError
 from supir_batch.plan import Plan
@@ -93,7 +94,7 @@ def write_captions(manifest: Manifest, plan: Plan, list_uri: str) -> CaptionSumm
     stopped_by: int | None = None
     stop_error: Exception | None = None
     run_id = runlog.new_run_id()
-    store.remove_partials(plan.output_uri)
+    store.remove_partials(store.join(plan.output_uri, CAPTIONS_FOLDER))
     with progress(len(wanted) + len(plan.refused)) as display:
 
         def on_row(row: dict[str, Any]) -> None:
