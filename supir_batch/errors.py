@@ -4,6 +4,7 @@ SupirBatchError
 ├── ManifestError      the manifest or what it lists is unusable; stops before any work (exit 2)
 ├── StoreError         a URI cannot be listed, read or written
 │   └── TransientStoreError   ... and trying again can help
+├── EngineError        the engine or the captioner cannot be loaded, so no image can be restored; ends the run
 └── ImageError         one image cannot be read, restored or written; becomes a failed outcome
 """
 
@@ -14,14 +15,19 @@ class SupirBatchError(Exception):
     """Base of every error raised on purpose; the message says what, which item, what was seen, what to do."""
 
     retryable = False
+    kind: str  # a short stable word for the log
 
 
 class ManifestError(SupirBatchError):
     """The manifest, or what it lists, is unusable; nothing has been done."""
 
+    kind = "manifest"
+
 
 class StoreError(SupirBatchError):
     """A URI cannot be listed, read or written."""
+
+    kind = "store"
 
 
 class TransientStoreError(StoreError):
@@ -30,10 +36,16 @@ class TransientStoreError(StoreError):
     retryable = True
 
 
+class EngineError(SupirBatchError):
+    """The engine or the captioner cannot be loaded, so no image can be restored; the run ends and can be repeated."""
+
+    kind = "engine"
+
+
 class ImageError(SupirBatchError):
     """One image cannot be read, restored or written; it becomes a failed outcome and the run goes on.
 
-    ``kind`` is a short stable word for the log (``truncated``, ``empty``, ``not-an-image``, ...).
+    ``kind`` is one of ``truncated``, ``empty``, ``not-an-image``, ...
     """
 
     def __init__(self, kind: str, message: str) -> None:

@@ -14,7 +14,6 @@ the ticket and flows on to the log; it never reaches Ray, so one bad image canno
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import os
 import pickle
@@ -22,7 +21,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import ray
@@ -33,6 +32,7 @@ from supir_batch import captions, engine, runlog
 from supir_batch.captioner import Captioner, load_captioner
 from supir_batch.decode import decode, preview
 from supir_batch.engine import Device, Engine
+from supir_batch.errors import EngineError
 from supir_batch.settings import Runtime
 from supir_batch.stage import Stopwatch, failure_of
 from supir_batch.types import Job, Outcome, Settings, TileTicket
@@ -46,7 +46,8 @@ _EMPTY = np.zeros((0, 0, 3), np.float32)
 def run(jobs: Sequence[Job], runtime: Runtime, on_row: Callable[[Row], None], run_id: str) -> None:
     """Do all jobs; ``on_row`` gets the run-log row (``runlog.SCHEMA``) of every image as it ends, in any order.
 
-    An exception raised by ``on_row`` stops the run; what was committed until then stays.
+    An exception raised by ``on_row`` stops the run; what was committed until then stays. Raises EngineError if the
+    engine or the captioner cannot be loaded.
     """
     if not jobs:
         return
@@ -75,7 +76,8 @@ def run(jobs: Sequence[Job], runtime: Runtime, on_row: Callable[[Row], None], ru
 def caption(jobs: Sequence[Job], runtime: Runtime, on_row: Callable[[Row], None], run_id: str) -> None:
     """Caption the images of those jobs whose prompt is left to the captioner, and restore nothing.
 
-    ``on_row`` gets a run-log row for each, with its caption or its failure, in any order.
+    ``on_row`` gets a run-log row for each, with its caption or its failure, in any order. Raises EngineError if the
+    captioner cannot be loaded.
     """
     wanted = [job for job in jobs if _wants_caption(job)]
     if not wanted:
@@ -107,6 +109,8 @@ def _collect(rows: ray.data.Dataset, on_row: Callable[[Row], None]) -> None:
     logged: set[str] = set()
     for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in table.to_pylist():
+            if row["failure_kind"] == EngineError.kind:
+                raise EngineError(row["failure_message"])
             if row["id"] not in logged:  # two writers may both see the last part of a cut image arrive
                 logged.add(row["id"])
                 on_row(row)
@@ -141,19 +145,26 @@ def decode_stage(row: Row) -> list[Row]:
     ]
 
 
-class _ModelStage(ABC):
-    """An actor's stage: holds a model and works on batches of rows."""
+Model = TypeVar("Model", Captioner, Engine)
+
+
+class _ModelStage(ABC, Generic[Model]):
+    """An actor's stage: loads a model once, then works on batches of rows."""
 
     name: str
+    _loaded: Model | EngineError | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         tickets: list[TileTicket] = [pickle.loads(ticket) for ticket in batch["ticket"]]
         working = [i for i, ticket in enumerate(tickets) if ticket.has_work and self.wanted(batch, i)]
         if not working:
             return batch
-        watch = Stopwatch(self.name, self.device)
+        loaded = self.ready()
+        watch = Stopwatch(self.name, "" if isinstance(loaded, EngineError) else loaded.device)
         try:
-            self.work(tickets, batch, working)
+            if isinstance(loaded, EngineError):
+                raise loaded
+            self.work(loaded, tickets, batch, working)
         except Exception as error:  # whatever it is, it concerns these rows alone
             for i in working:
                 failure = failure_of(self.name, tickets[i].job.source, error)
@@ -162,55 +173,57 @@ class _ModelStage(ABC):
             tickets[i] = watch.record(tickets[i], share=len(working))
         return batch | {"ticket": np.array([pickle.dumps(ticket) for ticket in tickets], dtype=object)}
 
-    @property
+    def ready(self) -> Model | EngineError:
+        """The model, or why there is none: an exception in a constructor would make Ray try again and again."""
+        if self._loaded is None:
+            try:
+                self._loaded = self.load()
+            except Exception as error:
+                self._loaded = EngineError(f"{type(error).__name__}: {error}")
+        return self._loaded
+
     @abstractmethod
-    def device(self) -> str:
-        """What the model runs on, for the log."""
+    def load(self) -> Model:
+        """The model, ready to work."""
 
     def wanted(self, batch: dict[str, Any], index: int) -> bool:
         """Whether this stage has something to do for a row that still has work."""
         return True
 
     @abstractmethod
-    def work(self, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
+    def work(self, loaded: Model, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
         """Advance the rows at the indices ``working`` in place."""
 
 
-class CaptionStage(_ModelStage):
-    """Captions images, and keeps what may be needed again."""
+class CaptionStage(_ModelStage[Captioner]):
+    """Captions images, and keeps what may be needed again. Where all captions are kept, no captioner is loaded."""
 
     name = "caption"
 
     def __init__(self, job: Job, device: Device) -> None:
-        self._job, self._wanted_device = job, device
+        self._job, self._device = job, device
 
-    @functools.cached_property
-    def _captioner(self) -> Captioner:
-        """Loaded when the first image needs it: a run whose captions are all kept never does."""
-        return load_captioner(self._job, self._wanted_device)
-
-    @property
-    def device(self) -> str:
-        """Where the captioner runs. A captioner that cannot be loaded is no image's fault, and stops the run here."""
-        return self._captioner.device
+    def load(self) -> Captioner:
+        """The captioner of the run."""
+        return load_captioner(self._job, self._device)
 
     def wanted(self, batch: dict[str, Any], index: int) -> bool:
         """Images that came with a prompt, or whose caption was kept, bring no preview."""
         return bool(batch["preview"][index].size)
 
-    def work(self, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
+    def work(self, loaded: Captioner, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
         """Fill in ``caption`` and drop the previews. What fails together is tried alone, so innocents do not fail."""
         previews = list(batch["preview"])
         batch["preview"] = [_EMPTY] * len(tickets)
         try:
-            said = self._captioner.caption([tickets[i] for i in working], [previews[i] for i in working])
+            said = loaded.caption([tickets[i] for i in working], [previews[i] for i in working])
         except Exception:
             if len(working) == 1:
                 raise
             said = None
         for place, i in enumerate(working):
             try:
-                text = said[place] if said else self._captioner.caption([tickets[i]], [previews[i]])[0]
+                text = said[place] if said else loaded.caption([tickets[i]], [previews[i]])[0]
                 tickets[i] = dataclasses.replace(tickets[i], caption=text)
                 captions.keep(tickets[i])
             except Exception as error:
@@ -218,27 +231,27 @@ class CaptionStage(_ModelStage):
                 tickets[i] = dataclasses.replace(tickets[i], failure=failure)
 
 
-class RestoreStage(_ModelStage):
-    """Restores tiles; the engine is loaded once, before the first."""
+class RestoreStage(_ModelStage[Engine]):
+    """Restores tiles; the engine is loaded before the first arrives."""
 
     name = "restore"
 
     def __init__(self, settings: Settings, device: Device) -> None:
-        self._engine: Engine = engine.load_engine(settings, device)
+        self._settings, self._device = settings, device
+        self.ready()
 
-    @property
-    def device(self) -> str:
-        """Where the engine runs."""
-        return self._engine.device
+    def load(self) -> Engine:
+        """The engine of the run."""
+        return engine.load_engine(self._settings, self._device)
 
-    def work(self, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
+    def work(self, loaded: Engine, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
         """Fill in the prompt and replace the pixels."""
         for i in working:
             caption = tickets[i].caption or tickets[i].job.settings.prompt or ""
             prompt = engine.full_prompt(tickets[i].job.settings, caption)
             tickets[i] = dataclasses.replace(tickets[i], caption=caption, prompt=prompt)
         pixels = list(batch["pixels"])
-        restored = self._engine.restore([tickets[i] for i in working], [pixels[i] for i in working])
+        restored = loaded.restore([tickets[i] for i in working], [pixels[i] for i in working])
         for i, tile in zip(working, restored, strict=True):
             pixels[i] = tile
         batch["pixels"] = pixels

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 
-from supir_batch.errors import ImageError, SupirBatchError
+from supir_batch.errors import SupirBatchError
 from supir_batch.types import Failure, Source, StageRecord, TileTicket
 
 
@@ -30,7 +30,7 @@ def failure_of(stage: str, source: Source, error: Exception) -> Failure:
     Errors raised on purpose keep their words; any other is ``internal`` and names its type.
     """
     if isinstance(error, SupirBatchError):
-        kind, message = error.kind if isinstance(error, ImageError) else "store", str(error)
+        kind, message = error.kind, str(error)
     elif isinstance(error, MemoryError):
         kind, message = "out-of-memory", "not enough memory; lower tiling.max_pixels or use a larger machine"
     else:

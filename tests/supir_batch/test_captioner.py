@@ -20,6 +20,7 @@ from PIL import Image
 from supir_batch import captioner, captions, pipeline
 from supir_batch.captioner import load_captioner
 from supir_batch.decode import preview
+from supir_batch.errors import EngineError
 from supir_batch.plan import make_plan
 from supir_batch.settings import load_manifest
 from supir_batch.types import FloatImage, Job, TileTicket
@@ -117,10 +118,23 @@ def test_an_image_that_fails_does_not_take_others_along(folder: Path, monkeypatc
     assert captions.find(dataclasses.replace(failed[0], failure=None)) is None
 
 
-def test_a_captioner_that_cannot_be_loaded_stops_the_run(folder: Path, tmp_path: Path) -> None:
-    jobs = [dataclasses.replace(job, captioner=str(tmp_path / "nowhere")) for job in jobs_of(folder)]
-    with pytest.raises(Exception, match="captioner 'nowhere' cannot be loaded"):
-        pipeline.CaptionStage(jobs[0], "cpu")(batch_of(jobs))
+def test_a_captioner_that_cannot_be_loaded_is_the_runs_failure(folder: Path) -> None:
+    jobs = [dataclasses.replace(job, captioner=str(folder / "nowhere")) for job in jobs_of(folder)]
+    done = tickets_of(pipeline.CaptionStage(jobs[0], "cpu")(batch_of(jobs)))
+    for ticket in done:  # the driver ends the run when it meets this kind
+        assert ticket.failure is not None
+        assert ticket.failure.kind == EngineError.kind
+        assert "captioner 'nowhere' cannot be loaded" in ticket.failure.message
+
+
+def test_the_attribute_captioner_names_the_material(folder: Path) -> None:
+    job = jobs_of(folder, caption__mode="attributes")[0]
+    drawn = dataclasses.replace(job, settings=dataclasses.replace(job.settings, material="drawing"))
+    pixels = preview(job).pixels
+    grey = np.repeat(pixels[..., :1], 3, axis=2)
+    captions_made = load_captioner(job, "cpu").caption([TileTicket(job), TileTicket(drawn)], [grey, grey])
+    assert "photograph" in captions_made[0]
+    assert "drawing" in captions_made[1]
 
 
 def supir_batch(*arguments: str, cwd: Path) -> dict[str, Any]:

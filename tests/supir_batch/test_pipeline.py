@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pyarrow.dataset as ds
 import pytest
 import pyvips
 
+ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "supir_batch"]
 
 
@@ -180,3 +182,24 @@ def test_outputs_do_not_depend_on_workers_batch_or_order(folder: Path) -> None:
     )  # fmt: skip
     assert wide.returncode == 0, wide.stderr
     assert images(folder / "wide") == alone
+
+
+@pytest.mark.slow
+def test_weights_that_cannot_be_loaded_end_the_run_in_one_line(folder: Path) -> None:
+    photograph(folder / "in/a.png", 40, 30, seed=1)
+    copy = folder / "package"
+    shutil.copytree(ROOT / "supir_model", copy / "supir_model")
+    shutil.copytree(ROOT / "supir_batch", copy / "supir_batch")
+    weights = copy / "supir_model/weights/supir-tiny.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    path = manifest(folder)
+    ended = subprocess.run(
+        [*COMMAND, "run", str(path)], capture_output=True, text=True, timeout=300, check=False, cwd=copy,
+        env=os.environ | {"PYTHONPATH": str(copy)},
+    )  # fmt: skip
+    assert ended.returncode == 4, ended.stderr
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "supir-tiny.safetensors cannot be read" in errors[0]
+    assert "Traceback" not in ended.stderr
+    assert not images(folder / "out")
