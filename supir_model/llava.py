@@ -24,7 +24,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from supir_model.errors import RequestError, WeightsError
 
@@ -89,8 +89,8 @@ class LlavaCaptioner:
         quantization = _quantization(model, chosen, target)
         revision = identity.removeprefix(_COMMIT) if identity.startswith(_COMMIT) else "main"
         try:
-            processor = AutoProcessor.from_pretrained(model, revision=revision)
-            network = AutoModelForImageTextToText.from_pretrained(
+            processor = AutoProcessor.from_pretrained(model, revision=revision)  # type: ignore[no-untyped-call]
+            network: Any = AutoModelForImageTextToText.from_pretrained(
                 model,
                 revision=revision,
                 dtype=getattr(torch, chosen.precision),
@@ -180,7 +180,7 @@ def identify(model: str, revision: str | None = None) -> str:
     return f"{_COMMIT}{Path(str(config)).parent.name}"
 
 
-class _SeededDraw(LogitsProcessor):  # type: ignore[misc]
+class _SeededDraw(LogitsProcessor):
     """Makes the greedy choice a draw from the tempered nucleus, by the Gumbel-max trick.
 
     Each row draws from its own generator: transformers' own sampling would let the rows of a batch share one.
@@ -214,7 +214,7 @@ def _prepare(name: str, model: Any, processor: Any, options: CaptionerOptions) -
         tokenizer.pad_token = tokenizer.eos_token
     shipped = model.generation_config
     end = shipped.eos_token_id if shipped.eos_token_id is not None else tokenizer.eos_token_id
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=shipped.bos_token_id, eos_token_id=end, pad_token_id=tokenizer.pad_token_id
     )
 
@@ -234,8 +234,9 @@ def _quantization(model: str, options: CaptionerOptions, device: torch.device) -
             f"{device}; give the captioner a GPU, or use quantization 'none'"
         )
     if options.quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=getattr(torch, options.precision))
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    compute = getattr(torch, options.precision)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)  # type: ignore[no-untyped-call]
 
 
 def _folder_sha256(folder: Path) -> str:
