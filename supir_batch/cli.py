@@ -22,6 +22,7 @@ from supir_batch.errors import ManifestError, SupirBatchError
 from supir_model.errors import SupirModelError
 
 if TYPE_CHECKING:
+    from supir_batch.caption_list import CaptionSummary
     from supir_batch.driver import Summary
     from supir_batch.plan import Plan
     from supir_batch.settings import Manifest
@@ -104,6 +105,39 @@ def run(
             typer.echo(json.dumps(_summary_data(summary)))
         else:
             typer.echo(_summary_text(summary, shlex.join(again)))
+        raise typer.Exit(summary.exit_code)
+
+
+@app.command(epilog=_EPILOG)
+def caption(
+    manifest: ManifestArgument,
+    output: Annotated[
+        str,
+        typer.Option(metavar="LIST", help="Where to write the list: a .csv or .parquet file that is not there yet."),
+    ] = "captions.csv",
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write the caption of every image to a list, to be edited and then used as the manifest's input."""
+    with _errors(debug):
+        import os
+
+        from supir_batch import store
+        from supir_batch.caption_list import check_target, write_captions
+
+        target = store.resolve(os.getcwd(), output)
+        check_target(_load(manifest, overrides), target)
+        loaded, plan = _plan(manifest, overrides)
+        summary = write_captions(loaded, plan, target)
+        if summary.error is not None:
+            _complain(summary.error, debug)
+        if as_json:
+            typer.echo(json.dumps(_caption_data(summary)))
+        else:
+            again = ["supir-batch", "caption", manifest, "--output", output]
+            again += [word for override in overrides or [] for word in ("--set", override)]
+            typer.echo(_caption_text(summary, manifest, shlex.join(again)))
         raise typer.Exit(summary.exit_code)
 
 
@@ -281,12 +315,14 @@ def _plan(manifest_uri: str, overrides: list[str] | None) -> tuple[Manifest, Pla
     loaded = _load(manifest_uri, overrides)
     from supir_batch.plan import make_plan
 
-    model_sha256 = ""
+    model_sha256, captioner_identity = "", ""
     if loaded.engine.name == "supir":
-        from supir_batch import model_folder
+        from supir_batch import captioner, model_folder
 
         model_sha256 = model_folder.model_sha256(loaded.engine.weights)
-    return loaded, make_plan(loaded, manifest_uri, model_sha256)
+        if loaded.caption.mode == "llava" and loaded.caption.model is not None:
+            captioner_identity = captioner.identity(loaded.caption.model, loaded.caption.revision)
+    return loaded, make_plan(loaded, manifest_uri, model_sha256, captioner_identity)
 
 
 def _output_uri(output: str) -> str:
@@ -335,6 +371,36 @@ def _summary_text(summary: Summary, again: str) -> str:
     else:
         lines.append(f"next     {shlex.join(['supir-batch', 'report', summary.output_uri])}")
     return "\n".join(lines)
+
+
+def _caption_data(summary: CaptionSummary) -> dict[str, Any]:
+    return {
+        "list": summary.list_uri or None,
+        "captioned": summary.captioned,
+        "given": summary.given,
+        "failed": dict(summary.failed),
+        "failures": [{"id": id, "kind": kind, "message": message} for id, kind, message in summary.failures],
+        "left": summary.left,
+        "seconds": round(summary.seconds, 3),
+        "stopped_by_signal": summary.stopped_by,
+        "error": str(summary.error) if summary.error else None,
+        "exit_code": summary.exit_code,
+    }
+
+
+def _caption_text(summary: CaptionSummary, manifest: str, again: str) -> str:
+    from supir_batch.progress import duration
+
+    lines = [f"captioned {summary.captioned}", f"given     {summary.given} came with a prompt"]
+    if summary.failed:
+        lines.append(f"failed    {sum(summary.failed.values())} ({_counts(summary.failed)}); their prompts are empty")
+    if summary.left:
+        lines.append(f"left      {summary.left}")
+    lines.append(f"time      {duration(summary.seconds)}")
+    if not summary.list_uri:
+        return "\n".join([*lines, f"next      {again}"])
+    fed_back = shlex.join(["supir-batch", "run", manifest, "--set", f"inputs={summary.list_uri}"])
+    return "\n".join([*lines, f"list      {summary.list_uri}", f"next      edit the list, then {fed_back}"])
 
 
 def _plan_data(plan: Plan) -> dict[str, Any]:

@@ -23,10 +23,6 @@ class Engine(Protocol):
 
     device: str  # for the log
 
-    def caption(self, ticket: TileTicket, preview: FloatImage) -> str:
-        """A caption for the image behind the ticket; preview: the whole image, reduced, [h, w, 3] in [0, 1]."""
-        ...
-
     def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
         """Restored tiles [h, w, 3] in [0, 1], same sizes and order."""
         ...
@@ -37,10 +33,6 @@ class LanczosEngine:
 
     device = "cpu"
 
-    def caption(self, ticket: TileTicket, preview: FloatImage) -> str:
-        """No caption: nothing reads it."""
-        return ""
-
     def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
         """The tiles themselves."""
         return list(tiles)
@@ -50,21 +42,11 @@ class SupirEngine:
     """SUPIR: the model is loaded in the constructor and reused for every tile."""
 
     def __init__(self, model: ModelRef, device: Device) -> None:
-        import torch  # noqa: PLC0415
-
         from supir_model.model import SupirModel  # noqa: PLC0415
 
-        # one fixed number: sums over another number of threads round differently, and outputs would differ in bytes
-        torch.set_num_threads(os.cpu_count() or 1)
+        fix_threads()
         self._model: SupirModel = SupirModel.load(model_folder.local(model.uri), None if device == "auto" else device)
         self.device = str(self._model.device)
-
-    def caption(self, ticket: TileTicket, preview: FloatImage) -> str:
-        """What the image statistics of the robust encoder's view say."""
-        from supir_model.caption import describe  # noqa: PLC0415
-
-        material = ticket.job.settings.material or "photograph"
-        return describe(self._model.first_stage(_to_tensor(preview))[None], material)[0]
 
     def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
         """Sample each tile with its own seed, prompt and place in the image."""
@@ -89,7 +71,7 @@ class SupirEngine:
         if ticket.box is None:
             raise ImageError("internal", f"{ticket.job.source.uri}: a tile without a place reached the engine")
         return Request(
-            image=_to_tensor(tile),
+            image=to_tensor(tile),
             prompt=ticket.prompt,
             negative_prompt=ticket.job.settings.negative_prompt,
             seed=ticket.seed,
@@ -134,7 +116,15 @@ def sampling_of(settings: Settings) -> Sampling:
     )
 
 
-def _to_tensor(image: FloatImage) -> torch.Tensor:
+def fix_threads() -> None:
+    """One fixed number: sums over another number of threads round differently, and outputs would differ in bytes."""
+    import torch  # noqa: PLC0415
+
+    torch.set_num_threads(os.cpu_count() or 1)
+
+
+def to_tensor(image: FloatImage) -> torch.Tensor:
+    """[h, w, 3] in [0, 1] to [3, h, w] in [-1, 1], as the model takes it."""
     import torch  # noqa: PLC0415
 
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) * 2 - 1

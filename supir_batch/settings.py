@@ -148,15 +148,38 @@ class Engine(_Section):
 class Caption(_Section):
     """Where the prompt comes from. A ``prompt`` in a list row always wins."""
 
-    mode: Literal["attributes", "manifest", "sidecar", "fixed", "none"] = Field(
+    mode: Literal["attributes", "llava", "manifest", "sidecar", "fixed", "none"] = Field(
         default="attributes",
-        description="attributes: measured on the image; manifest: list column prompt; sidecar: <image>.txt beside it; "
-        "fixed: text; none: only the positive prompt.",
+        description="attributes: measured on the image; llava: a vision-language model; manifest: list column prompt; "
+        "sidecar: <image>.txt beside it; fixed: text; none: only the positive prompt.",
     )
     text: str | None = Field(default=None, description="The caption of every image, for mode fixed.")
     material: Material = Field(default="photograph", description="What the images are; a list row may say otherwise.")
     prompts: Literal["material", "release"] = Field(
         default="material", description="material: prompts for the material; release: those SUPIR was published with."
+    )
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Captioner of mode llava: a hub id (owner/name), or a folder (/..., ./..., ../... or ~/...).",
+    )
+    revision: str | None = Field(default=None, min_length=1, description="Branch, tag or commit of a hub's model.")
+    question: str = Field(
+        default="Describe the content and the style of this {material} in great detail.",
+        min_length=1,
+        description="What the captioner is asked; {material} is the image's material.",
+    )
+    template: str = Field(default="", description="The prompt around {image} and {question}; empty: the model's own.")
+    max_new_tokens: int = Field(
+        default=128, ge=1, le=4096, description="Longest caption; the restorer reads 77 tokens, suffix included."
+    )
+    temperature: float = Field(default=0.0, ge=0, le=5, description="0: the likeliest words; above: drawn by seed.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Words are drawn from this share of the probability.")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        default="bfloat16", description="Number format of the captioner."
+    )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        default="none", description="Smaller weights on a GPU, by bitsandbytes."
     )
     positive_prompt: str | None = Field(
         default=None, description="Appended to every caption; left out: as prompts says."
@@ -172,6 +195,33 @@ class Caption(_Section):
         if self.mode != "fixed" and self.text is not None:
             raise ValueError(f"'text' is only used by mode 'fixed', but mode is '{self.mode}'")
         return self
+
+    @model_validator(mode="after")
+    def _model_with_llava(self) -> Caption:
+        if self.mode == "llava" and self.model is None:
+            raise ValueError("mode 'llava' needs 'model', such as llava-hf/llava-1.5-7b-hf or ./llava-1.5-7b-hf")
+        if self.revision is not None and self.model is not None and is_model_folder(self.model):
+            raise ValueError("'revision' is only used with a model of the hub, but 'model' is a folder")
+        return self
+
+    @field_validator("template")
+    @classmethod
+    def _holds_image_and_question(cls, template: str) -> str:
+        if template and any(template.count(field) != 1 for field in ("{image}", "{question}")):
+            raise ValueError("must contain {image} and {question} once each")
+        return template
+
+    @field_validator("model")
+    @classmethod
+    def _folder_or_hub_id(cls, model: str | None) -> str | None:
+        if model is not None and not is_model_folder(model) and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+            raise ValueError("is neither a hub id (owner/name) nor a folder; begin a folder with / ./ ../ or ~/")
+        return model
+
+
+def is_model_folder(model: str) -> bool:
+    """Whether ``caption.model`` names a folder of this machine; otherwise it is a hub id."""
+    return model.startswith(("/", "./", "../", "~/"))
 
 
 class Tiling(_Section):
@@ -215,6 +265,11 @@ class Runtime(_Section):
         default=0.0, ge=0, le=16, description="GPUs of one restoring worker; fractions share one."
     )
     batch: int = Field(default=1, ge=1, le=256, description="Tiles restored at once by one worker.")
+    caption_actors: int = Field(default=1, ge=1, le=4096, description="Captioning workers.")
+    caption_gpus_per_actor: float | None = Field(
+        default=None, ge=0, le=16, description="GPUs of one captioning worker; left out: it halves gpus_per_actor."
+    )
+    caption_batch: int = Field(default=1, ge=1, le=256, description="Images captioned at once by one worker.")
     address: str | None = Field(default=None, description="Address of a Ray cluster; left out: a local Ray.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA where a worker has it, else CPU."
@@ -418,6 +473,9 @@ def _make_absolute(data: dict[str, Any], folder: str) -> None:
     output = data.get("output")
     if isinstance(output, dict) and isinstance(output.get("uri"), str) and output["uri"]:
         data["output"] = {**output, "uri": store.resolve(folder, output["uri"])}
+    caption = data.get("caption")
+    if isinstance(caption, dict) and isinstance(caption.get("model"), str) and is_model_folder(caption["model"]):
+        data["caption"] = {**caption, "model": store.resolve(folder, caption["model"])}
 
 
 def _absolute_input(folder: str, reference: str) -> str:
@@ -507,17 +565,25 @@ def _shown(value: object) -> str:
 # --- resolving -----------------------------------------------------------------------------------------------------
 
 
-def resolve(manifest: Manifest, source: Source, model_sha256: str, sidecar: str | None = None) -> Settings:
+def resolve(
+    manifest: Manifest,
+    source: Source,
+    model_sha256: str,
+    sidecar: str | None = None,
+    captioner_identity: str = "",
+) -> Settings:
     """Everything that decides this image's output besides its bytes.
 
     ``model_sha256`` is the hash of the weights ("" for engines without). ``sidecar`` is the text beside the image, for
-    caption mode ``sidecar``. Raises ManifestError when the caption mode needs a text that is not there.
+    caption mode ``sidecar``; ``captioner_identity`` says what the captioner is, for mode ``llava``. Raises
+    ManifestError when the caption mode needs a text that is not there.
     """
     engine, generative = manifest.engine, manifest.engine.name == "supir"
     sampling = _sampling(manifest)
     prompt, prompt_source = _prompt(manifest, source, sidecar)
     config, prompts = engine.config, _prompts(manifest, source)
     window, stride = _window(manifest) if generative else (0, 0)
+    asked = manifest.caption if prompt_source == "llava" else None
     tau = sampling["restoration_tau"]
     return Settings(
         engine=engine.name,
@@ -544,6 +610,15 @@ def resolve(manifest: Manifest, source: Source, model_sha256: str, sidecar: str 
         prompt_source=prompt_source,
         positive_prompt=prompts.positive if generative else "",
         negative_prompt=prompts.negative if generative else "",
+        captioner=asked.model.rstrip("/").rpartition("/")[2] if asked and asked.model else "",
+        captioner_identity=captioner_identity if asked else "",
+        caption_question=asked.question.replace("{material}", _material(manifest, source)) if asked else "",
+        caption_template=asked.template if asked else "",
+        caption_max_new_tokens=asked.max_new_tokens if asked else 0,
+        caption_temperature=asked.temperature if asked else 0.0,
+        caption_top_p=asked.top_p if asked and asked.temperature > 0 else 0.0,
+        caption_precision=asked.precision if asked else "",
+        caption_quantization=asked.quantization if asked else "",
         material=_material(manifest, source) if generative else "",
         run_seed=engine.seed if generative else 0,
         seed=source.seed if generative else None,
@@ -622,8 +697,8 @@ def _prompt(manifest: Manifest, source: Source, sidecar: str | None) -> tuple[st
         return caption.text, "fixed"
     if caption.mode == "none":
         return "", "none"
-    if caption.mode == "attributes":
-        return None, "attributes"
+    if caption.mode in ("attributes", "llava"):
+        return None, caption.mode
     if caption.mode == "sidecar" and sidecar is not None:
         return sidecar.strip(), "sidecar"
     raise ManifestError(
@@ -637,8 +712,8 @@ def explain(manifest: Manifest) -> list[Explained]:
     """Every key with the value that will be used and where that comes from; values a list row gives come on top.
 
     ``origin`` is ``manifest``, ``environment``, ``flag``, ``default``, ``preset <preset> of <model>``,
-    ``model <model>``, ``prompts for <material> of <model>``, ``prompts of the release of <model>`` or ``not used by
-    lanczos``.
+    ``model <model>``, ``prompts for <material> of <model>``, ``prompts of the release of <model>``, ``not used by
+    lanczos`` or ``only used by caption.mode llava``.
     """
     engine, generative = manifest.engine, manifest.engine.name == "supir"
     preset, model = f"preset {engine.preset} of {engine.config.name}", f"model {engine.config.name}"
@@ -661,6 +736,8 @@ def explain(manifest: Manifest) -> list[Explained]:
     for key, value, given in _flat(manifest):
         if not generative and key.startswith(("engine.", "caption.", "tiling.")) and key not in used_by_lanczos:
             explained.append(Explained(key, None, "not used by lanczos"))
+        elif key in _LLAVA_KEYS and manifest.caption.mode != "llava":
+            explained.append(Explained(key, None, "only used by caption.mode llava"))
         elif key in filled and value is None:
             explained.append(Explained(key, *filled[key]))
         else:
@@ -677,6 +754,22 @@ def _flat(model: BaseModel, prefix: str = "") -> list[tuple[str, Any, bool]]:
         else:
             rows.append((f"{prefix}{key}", value, key in model.model_fields_set))
     return rows
+
+
+_LLAVA_KEYS = {
+    f"caption.{key}"
+    for key in (
+        "model",
+        "revision",
+        "question",
+        "template",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "precision",
+        "quantization",
+    )
+}
 
 
 # --- identity ------------------------------------------------------------------------------------------------------

@@ -70,9 +70,18 @@ class Settings:
     overlap: int  # pixels shared by neighboring tiles
     caption_mode: str
     prompt: str | None  # None: to be captioned
-    prompt_source: str  # "manifest" | "sidecar" | "fixed" | "none" | "attributes"
+    prompt_source: str  # "manifest" | "sidecar" | "fixed" | "none" | "attributes" | "llava"
     positive_prompt: str  # appended to the caption
     negative_prompt: str
+    captioner: str  # name of the model; this and the next eight are "" or 0 unless it captions this image
+    captioner_identity: str  # hash of its files or commit of the hub
+    caption_question: str
+    caption_template: str  # "": the model's own
+    caption_max_new_tokens: int
+    caption_temperature: float
+    caption_top_p: float
+    caption_precision: Literal["", "float32", "bfloat16", "float16"]
+    caption_quantization: Literal["", "none", "8bit", "4bit"]
     material: str
     run_seed: int
     seed: int | None  # None: from the source's hash
@@ -100,6 +109,7 @@ class Job:
     """One image and all that was decided about it before its pixels were read.
 
     ``output_stem`` is the output URI without its extension: the format may follow the source's.
+    ``captioner`` is where the captioner is loaded from, a folder or a hub id.
     """
 
     source: Source
@@ -108,6 +118,8 @@ class Job:
     output_stem: str
     scratch_uri: str  # where parts of a cut image wait for assembly
     model: ModelRef | None = None  # None: the engine has none
+    captions_uri: str = ""  # where captions are kept
+    captioner: str = ""
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,11 @@ class SupirModel:
         decoded = vae.decode(vae.encode_robust(padded))
         return decoded[0, :, : image.shape[1], : image.shape[2]].clamp(-1, 1)
 
+    def keep_first_stage_only(self) -> None:
+        """Free the networks that only restoring needs, for captioners; :meth:`restore` cannot be used afterwards."""
+        for name in ("text", "control", "unet"):
+            delattr(self.networks, name)
+
     @torch.inference_mode()
     def restore(self, requests: Sequence[Request], sampling: Sampling) -> list[Tensor]:
         """Restore images: [3, H, W] in [-1, 1] each, same sizes and order as the requests, on the CPU.

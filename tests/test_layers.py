@@ -27,6 +27,7 @@ SUPIR_MODEL = [
     "sampler",
     "color",
     "caption",
+    "llava",
     "checkpoint_keys",
     "weights",
     "lora",
@@ -51,6 +52,7 @@ SUPIR_BATCH = [
     "manifest",
     "tiles",
     "runlog",
+    "captions",
     "plan",
     "probe",
     "resample",
@@ -61,12 +63,14 @@ SUPIR_BATCH = [
     "commit",
     "decode",
     "engine",
+    "captioner",
     "stitch",
     "write",
     "pipeline",
     "report.build",
     "progress",
     "driver",
+    "caption_list",
     "cli",
     "__main__",
     "demo",
@@ -153,6 +157,7 @@ def test_the_pipeline_reaches_torch_only_through_the_engine() -> None:
             if module not in (
                 "supir_batch.engine",
                 "supir_batch.models",
+                "supir_batch.captioner",
                 "supir_batch.demo",
             ):  # models converts and checks weights; the demo degrades photographs as training does
                 assert not tops & {"torch", "diffusers", "transformers"}, module

@@ -70,14 +70,6 @@ def test_supir_keeps_shape_range_and_order(engine: SupirEngine, make_job: MakeJo
         assert np.array_equal(engine.restore([one], [pixels])[0], restored)
 
 
-def test_captions_come_from_the_robust_view_and_name_the_material(
-    engine: SupirEngine, make_job: MakeJob, tmp_path: Path
-) -> None:
-    grey = np.repeat(tile(1)[..., :1], 3, axis=2)
-    assert "photograph" in engine.caption(ticket(make_job, tmp_path), grey)
-    assert "drawing" in engine.caption(ticket(make_job, tmp_path, material="drawing"), grey)
-
-
 def test_every_sampling_setting_reaches_the_model(make_job: MakeJob, tmp_path: Path) -> None:
     base = make_job(tmp_path / "a.png", **SUPIR).settings
     changes: dict[str, object] = {

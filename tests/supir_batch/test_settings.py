@@ -341,11 +341,14 @@ def test_the_hash_stays_what_it_was() -> None:
         engine="supir", engine_name="supir-tiny", model_sha256="ab", weights="tiny", preset="fidelity", steps=10,
         cfg_start=1.0, cfg_end=1.5, control_scale=1.0, restoration_tau=None, churn=0.0, noise=1.003,
         color_fix="wavelet", upscale=2.0, min_size=0, window=128, stride=96, max_pixels=4194304, overlap=128,
-        caption_mode="none", prompt="é", prompt_source="none", positive_prompt="", negative_prompt="", material="",
+        caption_mode="none", prompt="é", prompt_source="none", positive_prompt="", negative_prompt="",
+        captioner="", captioner_identity="", caption_question="", caption_template="",
+        caption_max_new_tokens=0, caption_temperature=0.0, caption_top_p=0.0, caption_precision="",
+        caption_quantization="", material="",
         run_seed=0, seed=None, format="source", bit_depth=None, notice="n", operator=None, organization=None,
         accepted_license=None,
     )  # fmt: skip
-    assert settings_hash(fixed) == "827d647c03a2c42b7042fe8738bef6aca41a08c9b688400f8d82ecc613ee58df"
+    assert settings_hash(fixed) == "d281856ccb07279d614de623064b448746b4a0204ebbd049a4a1ba443bc52060"
 
 
 def test_fingerprint_depends_on_both() -> None:
@@ -370,3 +373,57 @@ def test_any_text_is_a_manifest_or_a_manifest_error(tmp_path_factory: pytest.Tem
     path.write_text(text, encoding="utf-8", errors="surrogatepass", newline="")
     with contextlib.suppress(ManifestError):
         load_manifest(str(path), {}, {})
+
+
+LLAVA = f"{MINIMAL}caption: {{mode: llava, model: ./models/tiny-llava}}\n"
+
+
+def test_all_that_shapes_a_caption_is_in_the_settings(tmp_path: Path) -> None:
+    settings = resolve(load(tmp_path, LLAVA), SOURCE, "hash", None, "sha256:1")
+    assert (settings.prompt, settings.prompt_source) == (None, "llava")
+    assert (settings.captioner, settings.captioner_identity) == ("tiny-llava", "sha256:1")
+    assert "this photograph" in settings.caption_question
+    assert (
+        "this map" in resolve(load(tmp_path, LLAVA), dataclasses.replace(SOURCE, material="map"), "").caption_question
+    )
+    hashes = {settings_hash(settings), settings_hash(resolve(load(tmp_path, LLAVA), SOURCE, "hash", None, "sha256:2"))}
+    for key, value in {
+        "question": "Why?", "template": "{image} {question}", "max_new_tokens": 9, "temperature": 0.2,
+        "precision": "float32", "quantization": "8bit",
+    }.items():  # fmt: skip
+        changed = load(tmp_path, LLAVA, {f"caption.{key}": str(value)})
+        hashes.add(settings_hash(resolve(changed, SOURCE, "hash", None, "sha256:1")))
+    assert len(hashes) == 8
+
+
+def test_an_image_with_a_prompt_does_not_depend_on_the_captioner(tmp_path: Path) -> None:
+    row = dataclasses.replace(SOURCE, prompt="a boat")
+    hashes = {settings_hash(resolve(load(tmp_path, LLAVA), row, "", None, identity)) for identity in ("1", "2")}
+    assert len(hashes) == 1
+
+
+def test_a_captioners_folder_counts_from_the_manifest(tmp_path: Path) -> None:
+    assert load(tmp_path, LLAVA).caption.model == str(tmp_path / "models/tiny-llava")
+    hub = load(tmp_path, f"{MINIMAL}caption: {{mode: llava, model: llava-hf/llava-1.5-7b-hf, revision: main}}\n")
+    assert hub.caption.model == "llava-hf/llava-1.5-7b-hf"
+
+
+@pytest.mark.parametrize(
+    ("caption", "message"),
+    [
+        ("mode: llava", "caption: mode 'llava' needs 'model'"),
+        ("mode: llava, model: models", "caption.model: 'models' is neither a hub id (owner/name) nor a folder"),
+        ("mode: llava, model: ./m, revision: main", "caption: 'revision' is only used with a model of the hub"),
+        ("mode: llava, model: ./m, template: 'Say {question}'", "must contain {image} and {question} once each"),
+        ("mode: llava, model: ./m, quantization: 2bit", "caption.quantization: must be 'none', '8bit' or '4bit'"),
+    ],
+)
+def test_a_captioner_that_cannot_be_meant(tmp_path: Path, caption: str, message: str) -> None:
+    with pytest.raises(ManifestError) as caught:
+        load(tmp_path, f"{MINIMAL}caption: {{{caption}}}\n")
+    assert message in str(caught.value)
+
+
+def test_explain_says_who_uses_the_captioners_keys(tmp_path: Path) -> None:
+    assert ("caption.question", None, "only used by caption.mode llava") in explain(load(tmp_path, MINIMAL))
+    assert ("caption.max_new_tokens", 128, "default") in explain(load(tmp_path, LLAVA))
