@@ -49,6 +49,7 @@ from supir_model.sampler import (
 from supir_model.text import SDXLTextEncoder, Words, sinusoid
 from supir_model.unet import ControlledUNet, build_sdxl_unet, embed
 from supir_model.vae import RobustVAE
+from supir_model.vae_tiling import Box, VAETiling, released_tiles, run_decoder, run_encoder
 from supir_model.zero_sft import ZeroCrossAttn, ZeroSFT
 
 # One float32 rounding of a frequency near 1 moves t * frequency by up to 6e-5 at t = 1024, and exp() of two processors
@@ -81,13 +82,6 @@ class Case:
         return found
 
 
-_NOT_COVERED = {
-    "bf16_quirk": "latents, sigmas and steps are float32 here, so the release's bfloat16 sigmas are not reproduced",
-    "image_io": "reading and resizing images as the release does (squash to multiples of 64) is not built",
-    "sizes": "the release's size rules (squash to multiples of 64 or 32) are not built; the model pads and crops",
-}
-
-
 # What a file is follows from what it says, never from its name: the first that applies.
 _BY_FACTS: dict[str, Callable[[Json], bool]] = {
     "windows": lambda facts: isinstance(facts, list),
@@ -97,6 +91,8 @@ _BY_FACTS: dict[str, Callable[[Json], bool]] = {
     "net": lambda facts: "control" in facts.get("config", {}),
     "conditioning": lambda facts: "cond_prompts" in facts,
     "e2e": lambda facts: "runs" in facts,
+    "bf16": lambda facts: "first_call_dtypes" in facts,
+    "sizes": lambda facts: "PIL2Tensor" in facts,
     "sampler": lambda facts: all(isinstance(v, dict) and "sampler" in v for v in facts.values()),
     "weight_rule": lambda facts: all(isinstance(v, dict) and "crc32" in v for v in facts.values()),
     "not_covered": lambda facts: True,
@@ -104,6 +100,7 @@ _BY_FACTS: dict[str, Callable[[Json], bool]] = {
 _BY_NAMES: dict[str, Callable[[Tensors], bool]] = {
     "denoiser": lambda tensors: "sigmas_table_1000" in tensors,
     "color": lambda tensors: "wavelet" in tensors,
+    "image_io": lambda tensors: "img_hwc_u8" in tensors,
     "window_weights": lambda tensors: all(name.startswith("gaussian_") for name in tensors),
     "not_covered": lambda tensors: True,
 }
@@ -193,7 +190,7 @@ def test_vectors(case: Case | None, request: pytest.FixtureRequest) -> None:
             "color fixes and key names are not compared with the released program; give the folder with --vectors"
         )
     if case.kind == "not_covered":
-        pytest.skip(f"{case.stem} is not compared: {_NOT_COVERED.get(case.stem, 'nothing here knows this file')}")
+        pytest.skip(f"{case.stem} is not compared: nothing here knows this file")
     measure = Measure(_name(case))
     _CHECKS[case.kind](case, measure)
     for (name, quantity), (got, allowed) in _measured.items():
@@ -446,15 +443,35 @@ def check_vae(case: Case, measure: Measure) -> None:
 
 
 def check_vae_tiled(case: Case, measure: Measure) -> None:
-    """Only the untiled results: the release's tiled VAE approximates the plain one and is not built."""
-    config = replace(V0Q, vae=vae_config(case.facts["ddconfig"], 1.0))
+    facts, t, tolerance = case.facts, case.tensors, 1e-4
+    config = replace(V0Q, vae=vae_config(facts["ddconfig"], 1.0))
     with torch.device("meta"):
         vae = RobustVAE(config.vae)
     module = nn.ModuleDict({"vae": vae})
     fill(module, released_shapes(module, config), config)
-    t = case.tensors
-    measure.close("untiled encoder", vae.encoder(t["image"]), t["encoder_untiled_h"], 1e-4)
-    measure.close("untiled decoder", vae.autoencoder.decoder(t["decoder_in"]), t["decoder_untiled"], 1e-4)
+    factor, tile = config.vae.factor, facts["encoder_tile"]
+    image, z, decoder = t["image"], t["decoder_in"], vae.autoencoder.decoder
+    for mode in ("off", "exact"):
+        encoded = run_encoder(vae.encoder, image, VAETiling(mode, tile), factor)
+        measure.close(f"encoder, {mode}", encoded, t["encoder_untiled_h"], tolerance)
+        decoded = run_decoder(decoder, z, VAETiling(mode, facts["decoder_tile"] * factor), factor)
+        measure.close(f"decoder, {mode}", decoded, t["decoder_untiled"], tolerance)
+    encoded = run_encoder(vae.encoder, image, VAETiling("released", tile), factor)
+    measure.close("encoder, released", encoded, t["encoder_tiled_h"], tolerance)
+    decoded = run_decoder(decoder, z, VAETiling("released", facts["decoder_tile"] * factor), factor)
+    measure.close("decoder, released", decoded, t["decoder_tiled"], tolerance)
+
+    for table in facts["split_tables"]:
+        tiles = released_tiles(table["h"], table["w"], table["tile"], table["pad"])
+        scaled = [tile.enlarged(factor) if table["decoder"] else tile.reduced(factor) for tile in tiles]
+        measure.equal("tiled or not", bool(tiles), table["tiled"])
+        measure.equal("boxes", [corners(tile.read) for tile in tiles], table.get("in_bboxes") or [])
+        measure.equal("boxes", [corners(tile.keep) for tile in scaled], table.get("out_bboxes") or [])
+
+
+def corners(box: Box) -> list[int]:
+    """As recorded: x1, x2, y1, y2."""
+    return [box.left, box.right, box.top, box.bottom]
 
 
 # --- samplers ------------------------------------------------------------------------------------------------------
@@ -544,6 +561,50 @@ def check_sampler(case: Case, measure: Measure) -> None:
     sigmas, scales = zip(*calls, strict=True)
     measure.close("sigma of calls", torch.tensor(sigmas), t["call_sigma"], 0, 1e-6)
     measure.close("control_scale of calls", torch.tensor(scales), t["call_control_scale"], 1e-6, 1e-6)
+
+
+def check_bf16(case: Case, measure: Measure) -> None:
+    """One run from a bfloat16 latent, whose sigmas became bfloat16; indices of both paths."""
+    facts, t = case.facts, case.tensors
+    x_center, control, guider = t["x_center"], t["control"], facts["guider"]
+    cond = Prompt(
+        torch.cat([t["uc_crossattn"], t["c_crossattn"]]),
+        torch.cat([t["uc_vector"], t["c_vector"]]),
+        control.repeat(2, 1, 1, 1),
+    )
+    calls: list[Tensor] = []
+
+    def guided(x: Tensor, sigma: Tensor, scale: Tensor, _windows: Sequence[Window]) -> Tensor:
+        calls.append(sigma[:1])
+        both, sigmas, scales = x.repeat(2, 1, 1, 1), sigma.repeat(2), scale.repeat(2)
+        denoised = denoise(lambda a, b, c: analytic_network(a, b, cond, c), "epsilon", both, sigmas, scales)
+        return guide(denoised, linear_cfg(guider["scale"], guider["scale_min"], sigma))
+
+    def noise(item: int, draw: int) -> Tensor:
+        drawn: Tensor = t["x_T_noise_bf16"][item] if draw == 0 else t["noise"][draw - 1, item]
+        return drawn.float()
+
+    exact = EDMSettings(
+        steps=facts["num_steps"],
+        restoration_tau=facts["restore_cfg"] if facts["restore_cfg"] > 0 else None,
+        churn=facts["s_churn"],
+        noise=facts["s_noise"],
+    )
+    rounded = replace(exact, bfloat16_sigmas=True)
+    centers = [center.float() for center in x_center]
+    sigmas = legacy_sigmas(facts["num_steps"])
+    measure.close("sigmas", sigmas, t["sigmas_fp32"].float(), 0, 1e-6)
+    measure.equal("sigmas in bfloat16", sigmas.bfloat16().tolist(), t["sigmas_as_bf16"].tolist())
+
+    *_, (latent,) = trajectory(guided, centers, noise, rounded)
+    seen = torch.cat(calls)
+    measure.equal("sigma of calls", seen.tolist(), t["sigma_hat_seen_by_denoiser"].tolist())
+    measure.equal("timesteps in bfloat16", nearest_timestep(seen).tolist(), t["idx_bf16_path"].tolist())
+    measure.close("last latent", latent[None], t["x_final"].float(), 1e-2)
+    calls.clear()
+    for _ in trajectory(guided, centers, noise, exact):
+        pass
+    measure.equal("timesteps in float32", nearest_timestep(torch.cat(calls)).tolist(), t["idx_fp32_path"].tolist())
 
 
 def sampler_settings(facts: Json, window: int) -> SamplerSettings:
@@ -860,6 +921,7 @@ def check_full_keys(case: Case, measure: Measure) -> None:
 
 
 _CHECKS: dict[str, Callable[[Case, Measure], None]] = {
+    "bf16": check_bf16,
     "color": check_color,
     "conditioning": check_conditioning,
     "denoiser": check_denoiser,
