@@ -244,7 +244,8 @@ class _Pool:
 
     def add(self, part: Tensor) -> None:
         """One part [B, C, h, w]."""
-        grouped = _wide(part).unflatten(1, (self._groups, -1))
+        batch, channels, height, width = part.shape
+        grouped = _wide(part).view(batch, self._groups, channels // self._groups, height, width)
         variance, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0)
         self._counts.append(part.shape[2] * part.shape[3])
         self._means.append(mean.double())
@@ -481,8 +482,9 @@ def _attended(x: Tensor, module: Any, statistics: _Statistics) -> Tensor:
     batch, channels, height, width = x.shape
     tokens = _normalize(x, module.group_norm, statistics).flatten(2).transpose(1, 2)
     query, key, value = (
-        layer(tokens).unflatten(2, (module.heads, -1)).transpose(1, 2)
+        layer(tokens).reshape(batch, height * width, module.heads, -1).transpose(1, 2)
         for layer in (module.to_q, module.to_k, module.to_v)
     )
     attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-    return x + module.to_out[0](attended).transpose(1, 2).reshape(batch, channels, height, width)
+    projected: Tensor = module.to_out[0](attended)
+    return x + projected.transpose(1, 2).reshape(batch, channels, height, width)

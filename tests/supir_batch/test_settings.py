@@ -235,11 +235,12 @@ def test_the_hash_stays_what_it_was() -> None:
         engine="supir", engine_name="supir-tiny", model_sha256="ab", weights="tiny", preset="fidelity", steps=10,
         cfg_start=1.0, cfg_end=1.5, control_scale=1.0, restoration_tau=None, churn=0.0, noise=1.003,
         color_fix="wavelet", upscale=2.0, min_size=0, window=128, stride=96, max_pixels=4194304, overlap=128,
+        geometry="pad", vae_tiling="off", vae_tile=0,
         caption_mode="none", prompt="é", prompt_source="none", positive_prompt="", negative_prompt="", material="",
         run_seed=0, seed=None, format="source", bit_depth=None, notice="n", operator=None, organization=None,
         accepted_license=None,
     )  # fmt: skip
-    assert settings_hash(fixed) == "827d647c03a2c42b7042fe8738bef6aca41a08c9b688400f8d82ecc613ee58df"
+    assert settings_hash(fixed) == "bb3530003d7651b4ffe670a068c333c237a3872d6fa9ac0382daa3477a7ebba7"
 
 
 def test_fingerprint_depends_on_both() -> None:
