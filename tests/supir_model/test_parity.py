@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from supir_batch import released
 from supir_model import model, weights
 from supir_model.checkpoint_keys import IGNORED, from_released, origin, to_released
 from supir_model.color import adain, decompose, wavelet
@@ -472,6 +474,46 @@ def check_vae_tiled(case: Case, measure: Measure) -> None:
 def corners(box: Box) -> list[int]:
     """As recorded: x1, x2, y1, y2."""
     return [box.left, box.right, box.top, box.bottom]
+
+
+# --- sizes and pixels ----------------------------------------------------------------------------------------------
+
+
+def check_sizes(case: Case, measure: Measure) -> None:
+    for facts in case.facts["PIL2Tensor"]:
+        found = released.sizes(facts["w"], facts["h"], facts["upscale"], facts["min_size"], shorter=facts["fix_resize"])
+        measure.equal("work sizes", found.work, (facts["tensor_w"], facts["tensor_h"]))
+        measure.equal("output sizes", found.output, (facts["w0"], facts["h0"]))
+    for group, listed in case.facts.items():
+        # the demo program: the same rule with another unit
+        if match := re.fullmatch(r"gradio_unit(\d+)", group):
+            for facts in listed:
+                width, height = facts["w"], facts["h"]
+                work = released.sizes(width, height, facts["upscale"], facts["min_size"], unit=int(match[1])).work
+                measure.equal("demo's work sizes", list(work[::-1]), facts["upscale_image_hw"])
+                for name, wanted in facts.items():
+                    if fixed := re.fullmatch(r"fix_resize(\d+)_hw", name):
+                        work = released.sizes(width, height, 1, 0, shorter=int(fixed[1])).work
+                        measure.equal("demo's caption sizes", list(work[::-1]), wanted)
+
+
+def check_image_io(case: Case, measure: Measure) -> None:
+    """Not the demo program's own resizing (OpenCV), of which nothing here makes use, but for its sizes."""
+    t = case.tensors
+    image = t["img_hwc_u8"].numpy().astype(np.float32) / np.float32(255)
+    height, width = image.shape[:2]
+    for name in t:
+        if not (match := re.fullmatch(r"up([\d.]+)_min(\d+)_fix(\d+|None)_tensor", name)):
+            continue
+        shorter = None if match[3] == "None" else int(match[3])
+        found = released.sizes(width, height, float(match[1]), int(match[2]), shorter)
+        run = name.removesuffix("_tensor")
+        measure.equal("output size", list(found.output[::-1]), t[f"{run}_h0w0"].tolist())
+        read = torch.from_numpy(released.to_work(image, *found.work)).permute(2, 0, 1) * 2 - 1
+        measure.close("image read", read, t[name], 1e-6)
+        pixels = (t[f"{run}_t2p_in"].permute(1, 2, 0).numpy() + 1) / 2
+        written = torch.from_numpy(released.to_output(pixels, *found.output))
+        measure.close("image written, levels", written, t[f"{run}_t2p_out_u8"], 1)
 
 
 # --- samplers ------------------------------------------------------------------------------------------------------
@@ -927,8 +969,10 @@ _CHECKS: dict[str, Callable[[Case, Measure], None]] = {
     "denoiser": check_denoiser,
     "e2e": check_e2e,
     "full_keys": check_full_keys,
+    "image_io": check_image_io,
     "net": check_net,
     "sampler": check_sampler,
+    "sizes": check_sizes,
     "units": check_units,
     "vae": check_vae,
     "vae_tiled": check_vae_tiled,
