@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ Restore = Callable[..., Outcome]
 SIDE = st.integers(1, 40)
 
 
+@hypothesis_settings(deadline=None)
 @given(SIDE, SIDE, SIDE, SIDE)
 def test_to_output_is_torchs_bicubic_truncated(height: int, width: int, out_height: int, out_width: int) -> None:
     pixels = np.random.default_rng(height * width).uniform(-0.2, 1.2, (height, width, 3)).astype(np.float32)
@@ -35,6 +37,7 @@ def test_to_output_is_torchs_bicubic_truncated(height: int, width: int, out_heig
     assert (wanted - levels).max() < 1 + 1e-3
 
 
+@hypothesis_settings(deadline=None)
 @given(st.integers(33, 4000), st.integers(33, 4000), st.sampled_from([1.0, 1.5, 2.0]), st.integers(0, 1024))
 def test_sizes_are_multiples_next_to_what_was_asked(width: int, height: int, upscale: float, min_size: int) -> None:
     work, output = released.sizes(width, height, upscale, min_size)

@@ -99,6 +99,7 @@ def test_an_image_of_one_tile_runs_as_one() -> None:
         assert torch.equal(run_decoder(decoder, z, VAETiling(mode, 96), 8), run_decoder(decoder, z, VAETiling(), 8))
 
 
+@hypothesis_settings(deadline=None)
 @given(
     height=st.integers(1, 400),
     width=st.integers(1, 400),
