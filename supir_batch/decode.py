@@ -19,7 +19,7 @@ import pyvips
 import tifffile
 from numpy.typing import NDArray
 
-from supir_batch import captions, color, commit, metadata, probe, resample, settings, store, tiles
+from supir_batch import captions, color, commit, metadata, probe, released, resample, settings, store, tiles
 from supir_batch.errors import ImageError
 from supir_batch.stage import Stopwatch, failure_of
 from supir_batch.types import FloatImage, ImageFacts, Job, TileTicket
@@ -154,7 +154,8 @@ def _decode(blank: TileTicket, alignment: int) -> Iterator[DecodedTile]:
         tone_curve=tone.curve,
         contrast=float(color.luma(small).std()),
     )
-    working = resample.resize(rgb, facts.work_width, facts.work_height)
+    change_size = released.to_work if chosen.geometry == "released" else resample.resize
+    working = change_size(rgb, facts.work_width, facts.work_height)
     alpha = raster.alpha
     if alpha.size:
         alpha = resample.resize_plane(alpha, facts.work_width, facts.work_height)
@@ -216,9 +217,17 @@ def _facts(job: Job, header: probe.Header, sha256: str) -> ImageFacts:
     turned = header.orientation >= 5
     width, height = (header.height, header.width) if turned else (header.width, header.height)
     dpi = header.dpi if header.dpi is None or not turned else (header.dpi[1], header.dpi[0])
-    output_width, output_height = tiles.output_size(width, height, job.settings.upscale)
-    work_width, work_height = tiles.work_size(output_width, output_height, job.settings.min_size)
+    upscale, min_size = job.settings.upscale, job.settings.min_size
     notes = []
+    if job.settings.geometry == "released":
+        (work_width, work_height), (output_width, output_height) = released.usable_sizes(
+            width, height, upscale, min_size
+        )
+        if header.bit_depth == 16:
+            notes.append("geometry 'released' works on 8 bits per sample; the source has 16")
+    else:
+        output_width, output_height = tiles.output_size(width, height, upscale)
+        work_width, work_height = tiles.work_size(output_width, output_height, min_size)
     if header.pages > 1:
         notes.append(f"page 1 of {header.pages} was used")
     if header.mode == "cmyk":

@@ -24,7 +24,7 @@ class Engine(Protocol):
     device: str  # for the log
 
     def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
-        """Restored tiles [h, w, 3] in [0, 1], same sizes and order."""
+        """Restored tiles [h, w, 3], same sizes and order; in [0, 1], or around it under geometry ``released``."""
         ...
 
 
@@ -99,6 +99,7 @@ def sampling_of(settings: Settings) -> Sampling:
     """The model's view of the settings."""
     from supir_model.model import Sampling  # noqa: PLC0415
     from supir_model.sampler import EDMSettings  # noqa: PLC0415
+    from supir_model.vae_tiling import WHOLE, VAETiling  # noqa: PLC0415
 
     return Sampling(
         sampler=EDMSettings(
@@ -113,6 +114,8 @@ def sampling_of(settings: Settings) -> Sampling:
         cfg_start=settings.cfg_start,
         cfg_end=settings.cfg_end,
         color_fix=settings.color_fix,
+        vae_tiling=WHOLE if settings.vae_tiling == "off" else VAETiling(settings.vae_tiling, settings.vae_tile),
+        clip=settings.geometry != "released",
     )
 
 

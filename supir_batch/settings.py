@@ -34,7 +34,7 @@ from pydantic import (
 from supir_batch import model_folder, store
 from supir_batch.errors import ManifestError
 from supir_batch.types import Settings, Source
-from supir_model.config import MODELS, TINY, ModelConfig, Prompts, SamplingDefaults
+from supir_model.config import MODELS, TINY, ModelConfig, Prompts, SamplingDefaults, VAETilingMode
 
 ENVIRONMENT_PREFIX = "SUPIR_BATCH__"
 DEFAULT_NOTICE = "AI-assisted reconstruction; details may not be in the original"
@@ -116,6 +116,11 @@ class Engine(_Section):
         ge=0,
         le=8192,
         description="Shorter sides are enlarged to this many pixels while working; 0: never.",
+    )
+    geometry: Literal["pad", "released"] = Field(
+        default="pad",
+        description="pad: the model pads and crops; released: sides squashed to multiples of 64 and 8-bit resampling, "
+        "as the released script does.",
     )
     accept_license: str | None = Field(
         default=None, description="Name of the license of restricted weights, as acceptance."
@@ -236,6 +241,14 @@ class Tiling(_Section):
     )
     stride: int | None = Field(
         default=None, ge=8, le=512, multiple_of=8, description="Step between windows, latent positions."
+    )
+    vae_tiling: VAETilingMode = Field(
+        default="off",
+        description="off: the autoencoder runs as one; exact: in parts, with the same result, slower and with less "
+        "memory; released: in tiles as the released program, which changes results.",
+    )
+    vae_tile: int = Field(
+        default=512, ge=64, le=8192, multiple_of=32, description="Side of the autoencoder's tiles, pixels."
     )
 
     @model_validator(mode="after")
@@ -583,6 +596,7 @@ def resolve(
     prompt, prompt_source = _prompt(manifest, source, sidecar)
     config, prompts = engine.config, _prompts(manifest, source)
     window, stride = _window(manifest) if generative else (0, 0)
+    vae_tiling: VAETilingMode = manifest.tiling.vae_tiling if generative else "off"
     asked = manifest.caption if prompt_source == "llava" else None
     tau = sampling["restoration_tau"]
     return Settings(
@@ -605,6 +619,9 @@ def resolve(
         stride=stride,
         max_pixels=manifest.tiling.max_pixels,
         overlap=manifest.tiling.overlap,
+        geometry=engine.geometry if generative else "pad",
+        vae_tiling=vae_tiling,
+        vae_tile=0 if vae_tiling == "off" else manifest.tiling.vae_tile,
         caption_mode=manifest.caption.mode if generative else "none",
         prompt=prompt,
         prompt_source=prompt_source,
@@ -738,6 +755,8 @@ def explain(manifest: Manifest) -> list[Explained]:
             explained.append(Explained(key, None, "not used by lanczos"))
         elif key in _LLAVA_KEYS and manifest.caption.mode != "llava":
             explained.append(Explained(key, None, "only used by caption.mode llava"))
+        elif key == "tiling.vae_tile" and manifest.tiling.vae_tiling == "off":
+            explained.append(Explained(key, 0, "not used with tiling.vae_tiling off"))
         elif key in filled and value is None:
             explained.append(Explained(key, *filled[key]))
         else:

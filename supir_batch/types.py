@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from supir_model.config import ModelConfig
+from supir_model.config import ModelConfig, VAETilingMode
 
 FloatImage = NDArray[np.float32]  # [H, W, C], values in [0, 1]
 
@@ -68,6 +68,9 @@ class Settings:
     stride: int
     max_pixels: int  # a larger working image is cut into tiles
     overlap: int  # pixels shared by neighboring tiles
+    geometry: Literal["pad", "released"]
+    vae_tiling: VAETilingMode
+    vae_tile: int  # pixels; 0: not tiled
     caption_mode: str
     prompt: str | None  # None: to be captioned
     prompt_source: str  # "manifest" | "sidecar" | "fixed" | "none" | "attributes" | "llava"

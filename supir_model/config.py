@@ -11,6 +11,7 @@ from typing import Literal
 
 Prediction = Literal["epsilon", "v"]
 ColorFix = Literal["wavelet", "adain", "none"]
+VAETilingMode = Literal["off", "exact", "released"]
 
 
 @dataclass(frozen=True)

@@ -341,6 +341,7 @@ def test_the_hash_stays_what_it_was() -> None:
         engine="supir", engine_name="supir-tiny", model_sha256="ab", weights="tiny", preset="fidelity", steps=10,
         cfg_start=1.0, cfg_end=1.5, control_scale=1.0, restoration_tau=None, churn=0.0, noise=1.003,
         color_fix="wavelet", upscale=2.0, min_size=0, window=128, stride=96, max_pixels=4194304, overlap=128,
+        geometry="pad", vae_tiling="off", vae_tile=0,
         caption_mode="none", prompt="é", prompt_source="none", positive_prompt="", negative_prompt="",
         captioner="", captioner_identity="", caption_question="", caption_template="",
         caption_max_new_tokens=0, caption_temperature=0.0, caption_top_p=0.0, caption_precision="",
@@ -348,7 +349,7 @@ def test_the_hash_stays_what_it_was() -> None:
         run_seed=0, seed=None, format="source", bit_depth=None, notice="n", operator=None, organization=None,
         accepted_license=None,
     )  # fmt: skip
-    assert settings_hash(fixed) == "d281856ccb07279d614de623064b448746b4a0204ebbd049a4a1ba443bc52060"
+    assert settings_hash(fixed) == "2d1cd406c00ecd4977d795414d2f040204123b10ea3412ea3484d10d8dbf6549"
 
 
 def test_fingerprint_depends_on_both() -> None:
