@@ -45,7 +45,7 @@ SUPIR_MODEL = [
 SUPIR_BATCH = [
     "errors",
     "types",
-    "stage",
+    "bookkeeping",
     "store",
     "model_folder",
     "models",
@@ -68,6 +68,7 @@ SUPIR_BATCH = [
     "captioner",
     "stitch",
     "write",
+    "stages",
     "pipeline",
     "report.build",
     "progress",

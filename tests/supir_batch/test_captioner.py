@@ -17,7 +17,7 @@ import pyarrow.dataset as ds
 import pytest
 from PIL import Image
 
-from supir_batch import captioner, captions, pipeline
+from supir_batch import captioner, captions, stages
 from supir_batch.captioner import load_captioner
 from supir_batch.decode import preview
 from supir_batch.errors import EngineError
@@ -57,7 +57,7 @@ def jobs_of(folder: Path, **overrides: str) -> list[Job]:
 
 def batch_of(jobs: Sequence[Job]) -> dict[str, Any]:
     """What Ray hands an actor: the rows of the preview stage."""
-    rows = [pipeline.preview_stage({"ticket": pickle.dumps(TileTicket(job)), "preview": None}, True) for job in jobs]
+    rows = [stages.preview_stage(stages.new_row(job), True) for job in jobs]
     return {"ticket": [row["ticket"] for row in rows], "preview": [row["preview"] for row in rows]}
 
 
@@ -76,21 +76,21 @@ def test_captions_do_not_depend_on_the_batch(folder: Path) -> None:
 
 def test_what_is_kept_neither_loads_nor_asks_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = jobs_of(folder)
-    first = tickets_of(pipeline.CaptionStage(jobs[0], "cpu")(batch_of(jobs)))
+    first = tickets_of(stages.CaptionStage(jobs[0], "cpu")(batch_of(jobs)))
     assert all(ticket.caption and ticket.failure is None for ticket in first)
     assert [record.stage for record in first[0].records] == ["decode", "caption"]
 
-    monkeypatch.setattr(pipeline, "load_captioner", None)  # calling it would raise
+    monkeypatch.setattr(stages, "load_captioner", None)  # calling it would raise
     jobs = jobs_of(folder, engine__steps="7")
     batch = batch_of(jobs)
     assert all(pixels.size == 0 for pixels in batch["preview"])
-    again = tickets_of(pipeline.CaptionStage(jobs[0], "cpu")(batch))
+    again = tickets_of(stages.CaptionStage(jobs[0], "cpu")(batch))
     assert [ticket.caption for ticket in again] == [ticket.caption for ticket in first]
 
 
 def test_the_attribute_captioner_goes_the_same_way(folder: Path) -> None:
     jobs = jobs_of(folder, caption__mode="attributes")
-    done = tickets_of(pipeline.CaptionStage(jobs[0], "cpu")(batch_of(jobs)))
+    done = tickets_of(stages.CaptionStage(jobs[0], "cpu")(batch_of(jobs)))
     assert all("photograph" in ticket.caption for ticket in done)
     assert not (folder / "out").exists()
 
@@ -107,9 +107,9 @@ class _Picky:
 
 
 def test_an_image_that_fails_does_not_take_others_along(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "load_captioner", lambda job, device: _Picky())
+    monkeypatch.setattr(stages, "load_captioner", lambda job, device: _Picky())
     jobs = jobs_of(folder)
-    done = tickets_of(pipeline.CaptionStage(jobs[0], "cpu")(batch_of(jobs)))
+    done = tickets_of(stages.CaptionStage(jobs[0], "cpu")(batch_of(jobs)))
     failed = [ticket for ticket in done if ticket.failure is not None]
     assert [ticket.job.source.id for ticket in failed] == ["wide.png"]
     assert failed[0].failure is not None
@@ -120,7 +120,7 @@ def test_an_image_that_fails_does_not_take_others_along(folder: Path, monkeypatc
 
 def test_a_captioner_that_cannot_be_loaded_is_the_runs_failure(folder: Path) -> None:
     jobs = [dataclasses.replace(job, captioner=str(folder / "nowhere")) for job in jobs_of(folder)]
-    done = tickets_of(pipeline.CaptionStage(jobs[0], "cpu")(batch_of(jobs)))
+    done = tickets_of(stages.CaptionStage(jobs[0], "cpu")(batch_of(jobs)))
     for ticket in done:  # the driver ends the run when it meets this kind
         assert ticket.failure is not None
         assert ticket.failure.kind == EngineError.kind
