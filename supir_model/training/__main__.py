@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -34,7 +33,26 @@ STAGES = ("vae", "robust-encoder", "prior", "control", "joint")
 
 
 def main() -> None:
-    """Parse the command line, train one stage, save."""
+    """Parse the command line; train one stage, evaluate or export."""
+    arguments = _arguments()
+    torch.manual_seed(arguments.seed)
+    networks = Networks(TINY)
+    model_file: Path = arguments.run / "model.safetensors"
+    if arguments.stage != "vae":
+        networks.load_state_dict(load_file(model_file), strict=True)
+    if arguments.stage == "export":
+        state = {key: value.half().contiguous() for key, value in networks.state_dict().items()}
+        save_file(state, arguments.run / "supir-tiny.safetensors")
+    elif arguments.stage == "evaluate":
+        _evaluate(networks, arguments)
+    else:
+        _train(networks, arguments)
+        partial = model_file.with_suffix(".partial")
+        save_file({key: value.contiguous() for key, value in networks.cpu().state_dict().items()}, partial)
+        partial.replace(model_file)
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m supir_model.training", description=__doc__)
     parser.add_argument(
         "stage",
@@ -51,41 +69,34 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--half-precision", action="store_true", help="bf16 inside the networks")
+    parser.add_argument("--degradation", choices=DEGRADATIONS, default="D1", help="evaluate: how inputs are damaged")
     parser.add_argument("--limit", type=int, help="evaluate: how many photographs")
     parser.add_argument("--preset", default="fidelity", help="evaluate: preset of the model")
     parser.add_argument("--pictures", type=Path, help="evaluate: folder for comparison strips")
     arguments = parser.parse_args()
-
-    torch.manual_seed(arguments.seed)
-    networks = Networks(TINY)
-    model_file: Path = arguments.run / "model.safetensors"
-    if arguments.stage != "vae":
-        networks.load_state_dict(load_file(model_file), strict=True)
-    if arguments.stage == "export":
-        state = {key: value.half().contiguous() for key, value in networks.state_dict().items()}
-        save_file(state, arguments.run / "supir-tiny.safetensors")
-        return
-    if arguments.data is None:
+    if arguments.data is None and arguments.stage != "export":
         parser.error("--data is required")
-    if arguments.stage == "evaluate":
-        model = SupirModel(networks.to(arguments.device), TINY, torch.device(arguments.device))
-        sampling = sampling_of(model, TINY.presets[arguments.preset])
-        images = load_images(arguments.data)[: arguments.limit]
-        for degradation in DEGRADATIONS:
-            print(json.dumps({degradation: evaluate(model, images, degradation, sampling, arguments.pictures)}))
-        return
+    return arguments
 
+
+def _evaluate(networks: Networks, arguments: argparse.Namespace) -> None:
+    model = SupirModel(networks.to(arguments.device), TINY, torch.device(arguments.device))
+    sampling = sampling_of(model, TINY.presets[arguments.preset])
+    images = load_images(arguments.data)[: arguments.limit]
+    print(json.dumps(evaluate(model, images, arguments.degradation, sampling, arguments.pictures)))
+
+
+def _train(networks: Networks, arguments: argparse.Namespace) -> None:
     networks.to(arguments.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     crops = PhotographCrops(load_images(arguments.data), arguments.device)
-    if arguments.stage == "vae":
-        start_from_pca(networks.vae, crops.batch(torch.Generator().manual_seed(arguments.seed), 64, arguments.crop))
+    sample = crops.batch(torch.Generator().manual_seed(arguments.seed), 64, arguments.crop)
     stage: Stage
     if arguments.stage == "vae":
+        start_from_pca(networks.vae, sample)
         stage = AutoencoderStage(networks)
     elif arguments.stage == "robust-encoder":
         stage = RobustEncoderStage(networks, Degradation())
     else:
-        sample = crops.batch(torch.Generator().manual_seed(arguments.seed), 32, arguments.crop)
         stage = DiffusionStage(networks, Degradation(), arguments.stage, pixel_energy(networks.vae, sample))
     config = LoopConfig(
         steps=arguments.steps,
@@ -95,13 +106,7 @@ def main() -> None:
         seed=arguments.seed,
         half_precision=arguments.half_precision,
     )
-    stage_run = arguments.run / arguments.stage
-    train(networks, stage, crops, config, stage_run)
-    partial = model_file.with_suffix(".partial")
-    save_file({key: value.contiguous() for key, value in networks.cpu().state_dict().items()}, partial)
-    if model_file.exists():
-        shutil.copy(model_file, stage_run / "before.safetensors")
-    partial.replace(model_file)
+    train(networks, stage, crops, config, arguments.run / arguments.stage)
 
 
 if __name__ == "__main__":
