@@ -20,8 +20,8 @@ import tifffile
 from numpy.typing import NDArray
 
 from supir_batch import captions, color, commit, metadata, probe, released, resample, settings, store, tiles
-from supir_batch.errors import ImageError
 from supir_batch.bookkeeping import Stopwatch, failure_of
+from supir_batch.errors import ImageError
 from supir_batch.types import FloatImage, ImageFacts, Job, TileTicket
 
 PREVIEW_SIZE = 512

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from supir_batch import color, commit, encode, metadata, provenance, released, resample, stitch, store
+from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.commit import Committed
 from supir_batch.errors import ImageError, StoreError
-from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.types import Failure, FloatImage, ImageFacts, Job, Outcome, Settings, TileBox, TileTicket
 
 FLAT_OUTPUT, FLAT_SOURCE = 0.5 / 255, 2.0 / 255
