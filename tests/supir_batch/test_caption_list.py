@@ -32,7 +32,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(b"pixels")
     (tmp_path / "m.yaml").write_text("inputs: in\noutput: {uri: out}\n")
-    monkeypatch.setattr("supir_batch.engine.model_sha256", lambda weights: "hash")
+    monkeypatch.setattr("supir_batch.model_folder.model_sha256", lambda weights: "hash")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
