@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from supir_batch import engine, model_folder, models, store
+from supir_batch.captioner import load_captioner
 from supir_batch.cli import app
 from supir_batch.errors import ManifestError, StoreError, TransientStoreError
 from supir_batch.plan import make_plan
@@ -546,6 +547,12 @@ def test_the_engine_restores_with_a_converted_model(manifest: Path) -> None:
     (restored,) = supir.restore([ticket], [tile])
     assert restored.shape == tile.shape
     assert np.isfinite(restored).all()
+
+
+def test_the_captioner_sees_with_a_converted_model(manifest: Path) -> None:
+    ((job, _),) = make_plan(load_manifest(str(manifest), {}, {}), str(manifest), "hash").todo
+    (caption,) = load_captioner(job, "cpu").caption([TileTicket(job)], [np.full((40, 24, 3), 0.5, np.float32)])
+    assert "map" in caption
 
 
 def test_no_model_is_named_by_its_manifest_errors(tmp_path: Path) -> None:

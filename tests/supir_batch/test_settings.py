@@ -387,6 +387,8 @@ def test_all_that_shapes_a_caption_is_in_the_settings(tmp_path: Path) -> None:
     assert (
         "this map" in resolve(load(tmp_path, LLAVA), dataclasses.replace(SOURCE, material="map"), "").caption_question
     )
+    paintings = load(tmp_path, LLAVA, {"caption.material": "painting"})
+    assert "this painting" in resolve(paintings, SOURCE, "").caption_question
     hashes = {settings_hash(settings), settings_hash(resolve(load(tmp_path, LLAVA), SOURCE, "hash", None, "sha256:2"))}
     for key, value in {
         "question": "Why?", "template": "{image} {question}", "max_new_tokens": 9, "temperature": 0.2,
