@@ -22,6 +22,7 @@ from supir_batch.errors import ManifestError, SupirBatchError
 from supir_model.errors import SupirModelError
 
 if TYPE_CHECKING:
+    from supir_batch.caption_list import CaptionSummary
     from supir_batch.driver import Summary
     from supir_batch.plan import Plan
     from supir_batch.settings import Manifest
@@ -107,6 +108,39 @@ def run(
         raise typer.Exit(summary.exit_code)
 
 
+@app.command(epilog=_EPILOG)
+def caption(
+    manifest: ManifestArgument,
+    output: Annotated[
+        str,
+        typer.Option(metavar="LIST", help="Where to write the list: a .csv or .parquet file that is not there yet."),
+    ] = "captions.csv",
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write the caption of every image to a list, to be edited and then used as the manifest's input."""
+    with _errors(debug):
+        import os
+
+        from supir_batch import store
+        from supir_batch.caption_list import check_target, write_captions
+
+        target = store.resolve(os.getcwd(), output)
+        check_target(_load(manifest, overrides), target)
+        loaded, plan = _plan(manifest, overrides)
+        summary = write_captions(loaded, plan, target)
+        if summary.error is not None:
+            _complain(summary.error, debug)
+        if as_json:
+            typer.echo(json.dumps(_caption_data(summary)))
+        else:
+            again = ["supir-batch", "caption", manifest, "--output", output]
+            again += [word for override in overrides or [] for word in ("--set", override)]
+            typer.echo(_caption_text(summary, manifest, shlex.join(again)))
+        raise typer.Exit(summary.exit_code)
+
+
 @app.command("plan")
 def show_plan(
     manifest: ManifestArgument, overrides: SetOption = None, as_json: JsonOption = False, debug: DebugOption = False
@@ -148,6 +182,91 @@ def report(output: OutputArgument, debug: DebugOption = False) -> None:
         from supir_batch.report.build import build_report
 
         typer.echo(build_report(_output_uri(output)))
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+models_app = typer.Typer(no_args_is_help=True, help="Bring models here, convert them, and see whether they are whole.")
+app.add_typer(models_app, name="models")
+
+
+@models_app.command("list")
+def models_list(
+    folder: Annotated[str, typer.Argument(metavar="[FOLDER]", help="Folder or prefix that holds models.")] = "models",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show which models exist by name, what each is made of, and what FOLDER holds."""
+    with _errors(debug):
+        from supir_batch import models
+
+        if as_json:
+            typer.echo(json.dumps(models.listing(folder)))
+            return
+        for one in models.known():
+            typer.echo(f"{one.name:6} {one.display_name}; license: {one.license}")
+            for need in one.needs or ("in the package",):
+                typer.echo(f"       {need}")
+        found = models.present(folder)
+        typer.echo(f"{folder}:{'' if found else ' holds no model'}")
+        for thing in found:
+            typer.echo(f"  {thing.uri}  {thing.name or thing.kind}, {thing.bytes:,} bytes, {thing.state}")
+
+
+@models_app.command("check")
+def models_check(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, or the folder (path or URI) of a model.")],
+    debug: DebugOption = False,
+) -> None:
+    """Compare every file of a model with its hash, and its weights with the networks. Exit code 2: not whole."""
+    with _errors(debug):
+        from supir_batch import model_folder, models
+
+        problems = models.check(model)
+        for problem in problems:
+            typer.echo(f"error: {model}: {problem}", err=True)
+        if problems:
+            raise typer.Exit(2)
+        typer.echo(f"{model_folder.model_sha256(model)}  {model_folder.config(model).display_name}")
+
+
+@models_app.command("convert")
+def models_convert(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="v0Q or v0F.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="Folder to make; it must not exist.")],
+    base: Annotated[str, typer.Option(help="SDXL: one file, or a folder in diffusers layout.")],
+    supir: Annotated[str, typer.Option(help="The SUPIR file.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder with vocab.json and merges.txt; left out: the base folder's.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="PATH[=SCALE]", help="LoRA to add to the base. Repeatable.")
+    ] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store float16: half the size, rounded weights.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make one model folder from published files: weights, configuration, hashes, model card."""
+    with _errors(debug):
+        from supir_batch import models
+
+        made = models.convert(name, base, supir, tokenizer, lora or [], target, "float16" if half else "float32")
+        typer.echo(f"{made.identity}  {target}")
+
+
+@models_app.command("fetch")
+def models_fetch(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="hf://owner/name[/path], or any path or URI.")],
+    target: Annotated[str, typer.Argument(metavar="[FOLDER]", help="Local folder to put it into.")] = "models",
+    sha256: Annotated[str | None, typer.Option(help="Hash the file must have.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for hf:// sources.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Bring a file or a folder of files here; an interrupted copy is continued, hashes are checked."""
+    with _errors(debug):
+        from supir_batch import models
+
+        for one in models.fetch(source, target, sha256, revision, lambda line: typer.echo(line, err=True)):
+            typer.echo(f"{one.sha256}  {one.path}")
 
 
 # --- shared steps --------------------------------------------------------------------------------------------------
@@ -196,12 +315,14 @@ def _plan(manifest_uri: str, overrides: list[str] | None) -> tuple[Manifest, Pla
     loaded = _load(manifest_uri, overrides)
     from supir_batch.plan import make_plan
 
-    model_sha256 = ""
+    model_sha256, captioner_identity = "", ""
     if loaded.engine.name == "supir":
-        from supir_batch import engine
+        from supir_batch import captioner, model_folder
 
-        model_sha256 = engine.model_sha256(loaded.engine.weights)
-    return loaded, make_plan(loaded, manifest_uri, model_sha256)
+        model_sha256 = model_folder.model_sha256(loaded.engine.weights)
+        if loaded.caption.mode == "llava" and loaded.caption.model is not None:
+            captioner_identity = captioner.identity(loaded.caption.model, loaded.caption.revision)
+    return loaded, make_plan(loaded, manifest_uri, model_sha256, captioner_identity)
 
 
 def _output_uri(output: str) -> str:
@@ -250,6 +371,36 @@ def _summary_text(summary: Summary, again: str) -> str:
     else:
         lines.append(f"next     {shlex.join(['supir-batch', 'report', summary.output_uri])}")
     return "\n".join(lines)
+
+
+def _caption_data(summary: CaptionSummary) -> dict[str, Any]:
+    return {
+        "list": summary.list_uri or None,
+        "captioned": summary.captioned,
+        "given": summary.given,
+        "failed": dict(summary.failed),
+        "failures": [{"id": id, "kind": kind, "message": message} for id, kind, message in summary.failures],
+        "left": summary.left,
+        "seconds": round(summary.seconds, 3),
+        "stopped_by_signal": summary.stopped_by,
+        "error": str(summary.error) if summary.error else None,
+        "exit_code": summary.exit_code,
+    }
+
+
+def _caption_text(summary: CaptionSummary, manifest: str, again: str) -> str:
+    from supir_batch.progress import duration
+
+    lines = [f"captioned {summary.captioned}", f"given     {summary.given} came with a prompt"]
+    if summary.failed:
+        lines.append(f"failed    {sum(summary.failed.values())} ({_counts(summary.failed)}); their prompts are empty")
+    if summary.left:
+        lines.append(f"left      {summary.left}")
+    lines.append(f"time      {duration(summary.seconds)}")
+    if not summary.list_uri:
+        return "\n".join([*lines, f"next      {again}"])
+    fed_back = shlex.join(["supir-batch", "run", manifest, "--set", f"inputs={summary.list_uri}"])
+    return "\n".join([*lines, f"list      {summary.list_uri}", f"next      edit the list, then {fed_back}"])
 
 
 def _plan_data(plan: Plan) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,9 @@ import pyvips
 import tifffile
 from numpy.typing import NDArray
 
-from supir_batch import color, commit, metadata, probe, resample, settings, store, tiles
+from supir_batch import captions, color, commit, metadata, probe, released, resample, settings, store, tiles
+from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.errors import ImageError
-from supir_batch.stage import Stopwatch, failure_of
 from supir_batch.types import FloatImage, ImageFacts, Job, TileTicket
 
 PREVIEW_SIZE = 512
@@ -41,14 +42,25 @@ _CUT_SHORT = re.compile(
 class DecodedTile:
     """A tile on its way to the engine.
 
-    ``pixels`` [h, w, 3] float32 sRGB in [0, 1]; ``alpha`` [h, w] in [0, 1], size 0 if the source has none;
-    ``preview`` the whole image, its longer side at most ``PREVIEW_SIZE``. All are empty when there is no work.
+    ``pixels`` [h, w, 3] float32 sRGB in [0, 1]; ``alpha`` [h, w] in [0, 1], size 0 if the source has none. Both are
+    empty when there is no work.
     """
 
     ticket: TileTicket
     pixels: FloatImage
     alpha: NDArray[np.float32]
-    preview: FloatImage
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A whole image on its way to the captioner.
+
+    ``pixels`` [h, w, 3] float32 sRGB in [0, 1], the longer side at most ``PREVIEW_SIZE``; empty when the ticket already
+    has its caption, or has no work.
+    """
+
+    ticket: TileTicket
+    pixels: FloatImage
 
 
 @dataclass(frozen=True)
@@ -61,18 +73,35 @@ class _Raster:
     notes: tuple[str, ...]
 
 
-def decode(job: Job, alignment: int) -> Iterator[DecodedTile]:
+def preview(job: Job, restoring: bool = True) -> Preview:
+    """What the captioner must see of the source of ``job``; nothing if its caption is kept from an earlier run.
+
+    With ``restoring``, an image whose output is already committed needs no caption either. No exception leaves: what is
+    wrong becomes the ticket's failure.
+    """
+    blank = TileTicket(job, started_at=_now())
+    try:
+        return _preview(blank, restoring)
+    except Exception as error:
+        return Preview(dataclasses.replace(blank, failure=failure_of("decode", job.source, error)), _NO_PIXELS)
+
+
+def decode(job: Job, alignment: int, seen: TileTicket | None = None) -> Iterator[DecodedTile]:
     """Read the source of ``job`` and yield its tiles, whose origins are multiples of ``alignment`` pixels.
 
-    One tile without pixels is yielded if the output is already committed (``recovered``) or if anything is wrong
-    (``failure``); no exception leaves, because it would stop all other images.
+    ``seen`` is the ticket that came of its preview; the tiles carry on its caption. One tile without pixels is yielded
+    if the output is already committed (``recovered``) or if anything is wrong (``failure``); no exception leaves,
+    because it would stop all other images.
     """
-    blank = TileTicket(job, started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    blank = seen or TileTicket(job, started_at=_now())
+    if not blank.has_work:
+        yield DecodedTile(blank, _NO_PIXELS, _NO_ALPHA)
+        return
     try:
         yield from _decode(blank, alignment)
     except Exception as error:
         failed = dataclasses.replace(blank, failure=failure_of("decode", job.source, error))
-        yield DecodedTile(failed, _NO_PIXELS, _NO_ALPHA, _NO_PIXELS)
+        yield DecodedTile(failed, _NO_PIXELS, _NO_ALPHA)
 
 
 def read_srgb(path: Path) -> tuple[FloatImage, NDArray[np.float32]]:
@@ -84,30 +113,32 @@ def read_srgb(path: Path) -> tuple[FloatImage, NDArray[np.float32]]:
     return color.to_srgb(raster.color, raster.icc), raster.alpha
 
 
+def _preview(blank: TileTicket, restoring: bool) -> Preview:
+    watch = Stopwatch("decode")
+    with _source(blank) as path:
+        header = probe.probe(path)
+        ticket = _identify(blank, path, header)
+        if restoring and _is_committed(ticket):
+            return Preview(dataclasses.replace(ticket, recovered=True), _NO_PIXELS)
+        kept = captions.find(ticket)
+        if kept is not None:
+            return Preview(watch.record(dataclasses.replace(ticket, caption=kept)), _NO_PIXELS)
+        raster = _read(path, header)
+    pixels = np.ascontiguousarray(resample.reduce_to(color.to_srgb(raster.color, raster.icc), PREVIEW_SIZE))
+    return Preview(watch.record(ticket), pixels)
+
+
 def _decode(blank: TileTicket, alignment: int) -> Iterator[DecodedTile]:
     watch = Stopwatch("decode")
-    job, source, chosen = blank.job, blank.job.source, blank.job.settings
-    if not store.exists(source.uri):
-        raise ImageError("missing", "the file does not exist; correct the input or remove it")
-    with store.local_copy(source.uri) as path:
+    chosen = blank.job.settings
+    with _source(blank) as path:
         header = probe.probe(path)
-        sha256 = commit.file_sha256(path)
-        if source.sha256 is not None and source.sha256.lower() != sha256:
-            raise ImageError(
-                "hash-mismatch",
-                f"its SHA-256 is {sha256}, the manifest says {source.sha256.lower()}; the file has changed or is "
-                "damaged: restore it from a good copy, or correct the manifest",
-            )
-        facts = _facts(job, header, sha256)
-        ticket = dataclasses.replace(
-            blank,
-            facts=facts,
-            fingerprint=settings.fingerprint(sha256, job.settings_sha256),
-            seed=settings.item_seed(chosen, sha256),
-        )
-        if commit.committed(job, ticket.fingerprint, header.format) is not None:
-            recovered = dataclasses.replace(ticket, recovered=True)
-            yield DecodedTile(recovered, _NO_PIXELS, _NO_ALPHA, _NO_PIXELS)
+        ticket = _identify(blank, path, header)
+        facts = ticket.facts
+        if facts is None:
+            raise ValueError("the ticket carries no image facts")
+        if _is_committed(ticket):
+            yield DecodedTile(dataclasses.replace(ticket, recovered=True), _NO_PIXELS, _NO_ALPHA)
             return
         raster = _read(path, header)
         described = metadata.read_metadata(path)
@@ -123,8 +154,8 @@ def _decode(blank: TileTicket, alignment: int) -> Iterator[DecodedTile]:
         tone_curve=tone.curve,
         contrast=float(color.luma(small).std()),
     )
-    preview = np.ascontiguousarray(resample.reduce_to(rgb, PREVIEW_SIZE))
-    working = resample.resize(rgb, facts.work_width, facts.work_height)
+    change_size = released.to_work if chosen.geometry == "released" else resample.resize
+    working = change_size(rgb, facts.work_width, facts.work_height)
     alpha = raster.alpha
     if alpha.size:
         alpha = resample.resize_plane(alpha, facts.work_width, facts.work_height)
@@ -135,8 +166,50 @@ def _decode(blank: TileTicket, alignment: int) -> Iterator[DecodedTile]:
             dataclasses.replace(ticket, box=box),
             np.ascontiguousarray(working[rows, columns]),
             np.ascontiguousarray(alpha[rows, columns]) if alpha.size else _NO_ALPHA,
-            preview,
         )
+
+
+@contextmanager
+def _source(blank: TileTicket) -> Iterator[Path]:
+    """A local file with the source's bytes."""
+    uri = blank.job.source.uri
+    if not store.exists(uri):
+        raise ImageError("missing", "the file does not exist; correct the input or remove it")
+    with store.local_copy(uri) as path:
+        yield path
+
+
+def _identify(blank: TileTicket, path: Path, header: probe.Header) -> TileTicket:
+    """The ticket with the source's hash, what its header tells, its fingerprint and its seed.
+
+    Raises ImageError if the bytes are not those that the manifest, or an earlier look at them, named.
+    """
+    job, sha256 = blank.job, commit.file_sha256(path)
+    named = job.source.sha256
+    if named is not None and named.lower() != sha256:
+        raise ImageError(
+            "hash-mismatch",
+            f"its SHA-256 is {sha256}, the manifest says {named.lower()}; the file has changed or is "
+            "damaged: restore it from a good copy, or correct the manifest",
+        )
+    if blank.facts is not None and blank.facts.sha256 != sha256:
+        raise ImageError("changed", "the file was changed between captioning and restoring; run again")
+    return dataclasses.replace(
+        blank,
+        facts=_facts(job, header, sha256),
+        fingerprint=settings.fingerprint(sha256, job.settings_sha256),
+        seed=settings.item_seed(job.settings, sha256),
+    )
+
+
+def _is_committed(ticket: TileTicket) -> bool:
+    return ticket.facts is not None and (
+        commit.committed(ticket.job, ticket.fingerprint, ticket.facts.format) is not None
+    )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _facts(job: Job, header: probe.Header, sha256: str) -> ImageFacts:
@@ -144,9 +217,17 @@ def _facts(job: Job, header: probe.Header, sha256: str) -> ImageFacts:
     turned = header.orientation >= 5
     width, height = (header.height, header.width) if turned else (header.width, header.height)
     dpi = header.dpi if header.dpi is None or not turned else (header.dpi[1], header.dpi[0])
-    output_width, output_height = tiles.output_size(width, height, job.settings.upscale)
-    work_width, work_height = tiles.work_size(output_width, output_height, job.settings.min_size)
+    upscale, min_size = job.settings.upscale, job.settings.min_size
     notes = []
+    if job.settings.geometry == "released":
+        (work_width, work_height), (output_width, output_height) = released.usable_sizes(
+            width, height, upscale, min_size
+        )
+        if header.bit_depth == 16:
+            notes.append("geometry 'released' works on 8 bits per sample; the source has 16")
+    else:
+        output_width, output_height = tiles.output_size(width, height, upscale)
+        work_width, work_height = tiles.work_size(output_width, output_height, min_size)
     if header.pages > 1:
         notes.append(f"page 1 of {header.pages} was used")
     if header.mode == "cmyk":

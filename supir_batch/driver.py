@@ -50,8 +50,8 @@ class Summary:
         return EXIT_SOME_FAILED if self.failed else EXIT_DONE
 
 
-class _Stopped(BaseException):
-    """A signal asked the run to stop."""
+class Stopped(BaseException):
+    """A signal asked the run to stop; ``number`` says which."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -92,8 +92,8 @@ def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limit: int | None
         try:
             if jobs:
                 _stream(manifest, run_id, jobs, on_row)
-        except (_Stopped, KeyboardInterrupt, SystemExit) as stop:
-            stopped_by = _signal_number(stop)
+        except (Stopped, KeyboardInterrupt, SystemExit) as stop:
+            stopped_by = signal_number(stop)
         except Exception as error:
             stop_error = error
     done = rows["done"] + rows["recovered"]
@@ -115,13 +115,13 @@ def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limit: int | None
 def _stream(manifest: Manifest, run_id: str, jobs: list[Any], on_row: Callable[[dict[str, Any]], None]) -> None:
     from supir_batch import pipeline  # noqa: PLC0415 (Ray takes seconds; only a run that has work needs it)
 
-    with _signals():
+    with signals():
         pipeline.run(jobs, manifest.runtime, on_row, run_id)
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
-    """Let SIGINT and SIGTERM raise :class:`_Stopped` here; a second one meets the previous handler."""
+def signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM raise :class:`Stopped` here; a second one meets the previous handler."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
 
@@ -131,7 +131,7 @@ def _signals() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         restore()
-        raise _Stopped(number)
+        raise Stopped(number)
 
     for number in numbers:
         signal.signal(number, stop)
@@ -141,8 +141,9 @@ def _signals() -> Iterator[None]:
         restore()
 
 
-def _signal_number(stop: BaseException) -> int:
-    if isinstance(stop, _Stopped):
+def signal_number(stop: BaseException) -> int:
+    """Which signal ``stop`` (Stopped, KeyboardInterrupt or SystemExit) stands for."""
+    if isinstance(stop, Stopped):
         return stop.number
     # Ray replaces the handler of SIGTERM on the driver by one that raises SystemExit.
     return signal.SIGTERM if isinstance(stop, SystemExit) else signal.SIGINT

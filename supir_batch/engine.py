@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
+from supir_batch import model_folder
 from supir_batch.errors import ImageError
-from supir_batch.types import FloatImage, Settings, TileTicket
-from supir_model.config import MODELS
+from supir_batch.types import FloatImage, ModelRef, Settings, TileTicket
 
 if TYPE_CHECKING:
     from supir_model.model import Request, Sampling, SupirModel
@@ -23,12 +23,8 @@ class Engine(Protocol):
 
     device: str  # for the log
 
-    def caption(self, ticket: TileTicket, preview: FloatImage) -> str:
-        """A caption for the image behind the ticket; preview: the whole image, reduced, [h, w, 3] in [0, 1]."""
-        ...
-
     def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
-        """Restored tiles [h, w, 3] in [0, 1], same sizes and order."""
+        """Restored tiles [h, w, 3], same sizes and order; in [0, 1], or around it under geometry ``released``."""
         ...
 
 
@@ -36,10 +32,6 @@ class LanczosEngine:
     """The non-generative baseline: the decoder has already resampled the image, so nothing is left to do."""
 
     device = "cpu"
-
-    def caption(self, ticket: TileTicket, preview: FloatImage) -> str:
-        """No caption: nothing reads it."""
-        return ""
 
     def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
         """The tiles themselves."""
@@ -49,22 +41,12 @@ class LanczosEngine:
 class SupirEngine:
     """SUPIR: the model is loaded in the constructor and reused for every tile."""
 
-    def __init__(self, weights: str, device: Device) -> None:
-        import torch  # noqa: PLC0415
-
+    def __init__(self, model: ModelRef, device: Device) -> None:
         from supir_model.model import SupirModel  # noqa: PLC0415
 
-        # one fixed number: sums over another number of threads round differently, and outputs would differ in bytes
-        torch.set_num_threads(os.cpu_count() or 1)
-        self._model: SupirModel = SupirModel.load(weights, None if device == "auto" else device)
+        fix_threads()
+        self._model: SupirModel = SupirModel.load(model_folder.local(model.uri), None if device == "auto" else device)
         self.device = str(self._model.device)
-
-    def caption(self, ticket: TileTicket, preview: FloatImage) -> str:
-        """What the image statistics of the robust encoder's view say."""
-        from supir_model.caption import describe  # noqa: PLC0415
-
-        material = ticket.job.settings.material or "photograph"
-        return describe(self._model.first_stage(_to_tensor(preview))[None], material)[0]
 
     def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
         """Sample each tile with its own seed, prompt and place in the image."""
@@ -89,7 +71,7 @@ class SupirEngine:
         if ticket.box is None:
             raise ImageError("internal", f"{ticket.job.source.uri}: a tile without a place reached the engine")
         return Request(
-            image=_to_tensor(tile),
+            image=to_tensor(tile),
             prompt=ticket.prompt,
             negative_prompt=ticket.job.settings.negative_prompt,
             seed=ticket.seed,
@@ -98,21 +80,14 @@ class SupirEngine:
         )
 
 
-def load_engine(settings: Settings, device: Device) -> Engine:
-    """The engine that the settings name, ready to work."""
-    return LanczosEngine() if settings.engine == "lanczos" else SupirEngine(settings.weights, device)
+def load_engine(model: ModelRef | None, device: Device) -> Engine:
+    """The engine with this model, ready to work; without one, the baseline."""
+    return LanczosEngine() if model is None else SupirEngine(model, device)
 
 
-def alignment(settings: Settings) -> int:
+def alignment(model: ModelRef | None) -> int:
     """Tile origins must be multiples of this many pixels, so that tiles lie on the model's latent grid."""
-    return 1 if settings.engine == "lanczos" else MODELS[settings.weights].alignment
-
-
-def model_sha256(weights: str) -> str:
-    """Hash of a shipped model's weights file, part of every fingerprint. Raises WeightsError."""
-    from supir_model import weights as files  # noqa: PLC0415
-
-    return files.sha256(files.find(weights)[1])
+    return 1 if model is None else model.config.alignment
 
 
 def full_prompt(settings: Settings, caption: str) -> str:
@@ -124,6 +99,7 @@ def sampling_of(settings: Settings) -> Sampling:
     """The model's view of the settings."""
     from supir_model.model import Sampling  # noqa: PLC0415
     from supir_model.sampler import EDMSettings  # noqa: PLC0415
+    from supir_model.vae_tiling import WHOLE, VAETiling  # noqa: PLC0415
 
     return Sampling(
         sampler=EDMSettings(
@@ -138,10 +114,20 @@ def sampling_of(settings: Settings) -> Sampling:
         cfg_start=settings.cfg_start,
         cfg_end=settings.cfg_end,
         color_fix=settings.color_fix,
+        vae_tiling=WHOLE if settings.vae_tiling == "off" else VAETiling(settings.vae_tiling, settings.vae_tile),
+        clip=settings.geometry != "released",
     )
 
 
-def _to_tensor(image: FloatImage) -> torch.Tensor:
+def fix_threads() -> None:
+    """One fixed number: sums over another number of threads round differently, and outputs would differ in bytes."""
+    import torch  # noqa: PLC0415
+
+    torch.set_num_threads(os.cpu_count() or 1)
+
+
+def to_tensor(image: FloatImage) -> torch.Tensor:
+    """[h, w, 3] in [0, 1] to [3, h, w] in [-1, 1], as the model takes it."""
     import torch  # noqa: PLC0415
 
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) * 2 - 1

@@ -4,7 +4,7 @@ SupirBatchError
 ├── ManifestError      the manifest or what it lists is unusable; stops before any work (exit 2)
 ├── StoreError         a URI cannot be listed, read or written
 │   └── TransientStoreError   ... and trying again can help
-├── EngineError        the engine cannot be loaded, so no image can be restored; ends the run
+├── EngineError        the engine or the captioner cannot be loaded, so no image can be restored; ends the run
 └── ImageError         one image cannot be read, restored or written; becomes a failed outcome
 """
 
@@ -37,7 +37,7 @@ class TransientStoreError(StoreError):
 
 
 class EngineError(SupirBatchError):
-    """The engine cannot be loaded, so no image can be restored; the run ends and can be repeated."""
+    """The engine or the captioner cannot be loaded, so no image can be restored; the run ends and can be repeated."""
 
     kind = "engine"
 

@@ -57,6 +57,7 @@ class _Row(BaseModel):
 
     uri: Annotated[str, StringConstraints(min_length=1)]
     id: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = None
+    relative: Annotated[str, StringConstraints(min_length=1, max_length=4096)] | None = None  # place below the output
     sha256: Annotated[str, StringConstraints(pattern="^[0-9a-fA-F]{64}$", to_lower=True)] | None = None
     prompt: str | None = None
     negative_prompt: str | None = None
@@ -277,12 +278,15 @@ def _row_problems(error: ValidationError) -> Iterator[str]:
 def _from_row(row: _Row, list_uri: str, origin: str) -> Source:
     folder = store.parent(list_uri)
     uri = store.resolve(folder, row.uri)
-    relative = store.relative_to(uri, folder)
+    relative = row.relative or store.relative_to(uri, folder)
+    if row.relative is not None and (row.relative.startswith("/") or "://" in row.relative or "\0" in row.relative):
+        raise StoreError(f"relative {row.relative!r} must lead down from output.uri; write it like 'box1/photo.tif'")
     if relative is None:
         # A pure function of the URI: whatever else is in the list, the output keeps its place.
         relative = (str(store.local_path(uri)) if store.is_local(uri) else uri.partition("://")[2]).strip("/")
     if not relative or ".." in relative.split("/"):  # the output mirrors it and must stay below output.uri
-        raise StoreError(f"uri {row.uri!r} does not name a file; write it without '..'")
+        named = f"uri {row.uri!r}" if row.relative is None else f"relative {row.relative!r}"
+        raise StoreError(f"{named} does not name a file; write it without '..'")
     if row.id is not None and (not row.id.isprintable() or row.id.strip() != row.id):
         raise StoreError(f"id {row.id!r} has control characters or blanks at its ends; remove them")
     return Source(

@@ -1,171 +1,115 @@
 """The whole flow: jobs in, one run-log row per image out.
 
-    jobs ─▶ decode + tile ─▶ caption ─▶ restore ─▶ write ─▶ rows
-            CPU tasks        actors     actors     CPU tasks
+    jobs ─▶ preview ─▶ caption ─▶ decode + tile ─▶ restore ─▶ write ─▶ rows
+            CPU tasks  actors     CPU tasks        actors     CPU tasks
 
-A row of the stream is one tile: its ticket (everything known about it) and its pixels. One tile is one block, because
-a block is Ray's unit of retry and of memory. An error inside a stage becomes a failure on the ticket and flows on to
-the log; it never reaches Ray, so one bad image cannot stop the others.
+Up to the caption a row of the stream is an image: its ticket (everything known about it) and a preview, if it must be
+captioned. From there on it is a tile: its ticket and its pixels. So an image is captioned once, into however many
+tiles it is cut, and no full-size pixels wait for a captioner; the price is that its source is read twice.
+
+One row is one block, because a block is Ray's unit of retry and of memory. An error inside a stage becomes a failure on
+the ticket and flows on to the log; it never reaches Ray, so one bad image cannot stop the others. The stages themselves
+are in stages.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
-import pickle
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from supir_batch import engine, runlog
-from supir_batch.decode import decode
-from supir_batch.engine import Device, Engine
 from supir_batch.errors import EngineError
 from supir_batch.settings import Runtime
-from supir_batch.stage import Stopwatch, failure_of
-from supir_batch.types import Job, Settings, TileTicket
-from supir_batch.write import write
-
-Row = dict[str, Any]  # ticket: pickled TileTicket; pixels, alpha, preview: float32 arrays, empty once used up
-
-_EMPTY = np.zeros((0, 0, 3), np.float32)
+from supir_batch.stages import (
+    CaptionStage,
+    RestoreStage,
+    Row,
+    caption_row_stage,
+    decode_stage,
+    new_row,
+    preview_stage,
+    wants_caption,
+    write_stage,
+)
+from supir_batch.types import Job
 
 
 def run(jobs: Sequence[Job], runtime: Runtime, on_row: Callable[[Row], None], run_id: str) -> None:
     """Do all jobs; ``on_row`` gets the run-log row (``runlog.SCHEMA``) of every image as it ends, in any order.
 
     An exception raised by ``on_row`` stops the run; what was committed until then stays. Raises EngineError if the
-    engine cannot be loaded.
+    engine or the captioner cannot be loaded.
     """
     if not jobs:
         return
-    captioned = any(job.settings.prompt is None for job in jobs)
-    actors: Row = {
-        "compute": ActorPoolStrategy(size=runtime.actors),
-        # engine, weights and license are the manifest's, the same for every job
-        "fn_constructor_args": (jobs[0].settings, runtime.device),
-        # a captioner and a restorer share what one worker may have
-        "num_gpus": runtime.gpus_per_actor / (2 if captioned else 1),
-        "num_cpus": 0,  # so that waiting models never starve the CPU stages
-        "batch_size": runtime.batch,
-    }
+    captioned = any(wants_caption(job) for job in jobs)
+    gpus = runtime.gpus_per_actor
+    if captioned and runtime.caption_gpus_per_actor is None:
+        gpus /= 2  # a captioner and a restorer share what one worker may have
     with _ray(runtime):
-        tiles = ray.data.from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=len(jobs))
-        tiles = tiles.flat_map(decode_stage, num_cpus=0.5)
-        tiles = tiles.repartition(target_num_rows_per_block=1)
+        images = _images(jobs)
         if captioned:
-            tiles = tiles.map_batches(CaptionStage, **actors)
-        tiles = tiles.map_batches(RestoreStage, **actors)
-        rows = tiles.flat_map(write_stage, fn_args=(run_id,), num_cpus=0.5)
-        logged: set[str] = set()
-        for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for row in table.to_pylist():
-                if row["failure_kind"] == EngineError.kind:
-                    raise EngineError(row["failure_message"])
-                if row["id"] not in logged:  # two writers may both see the last part of a cut image arrive
-                    logged.add(row["id"])
-                    on_row(row)
+            images = _captioned(images, jobs, runtime, restoring=True)
+        tiles = images.flat_map(decode_stage, num_cpus=0.5)
+        tiles = tiles.repartition(target_num_rows_per_block=1)
+        tiles = tiles.map_batches(
+            RestoreStage,
+            compute=ActorPoolStrategy(size=runtime.actors),
+            # engine, weights and license are the manifest's, the same for every job
+            fn_constructor_args=(jobs[0].model, runtime.device),
+            num_gpus=gpus,
+            num_cpus=0,  # so that waiting models never starve the CPU stages
+            batch_size=runtime.batch,
+        )
+        _collect(tiles.flat_map(write_stage, fn_args=(run_id,), num_cpus=0.5), on_row)
 
 
-def decode_stage(row: Row) -> list[Row]:
-    """Job to tiles."""
-    job: Job = pickle.loads(row["job"])
-    return [
-        {
-            "ticket": pickle.dumps(tile.ticket),
-            "pixels": tile.pixels,
-            "alpha": tile.alpha,
-            "preview": tile.preview,
-        }
-        for tile in decode(job, engine.alignment(job.settings))
-    ]
+def caption(jobs: Sequence[Job], runtime: Runtime, on_row: Callable[[Row], None], run_id: str) -> None:
+    """Caption the images of those jobs whose prompt is left to the captioner, and restore nothing.
+
+    ``on_row`` gets a run-log row for each, with its caption or its failure, in any order. Raises EngineError if the
+    captioner cannot be loaded.
+    """
+    wanted = [job for job in jobs if wants_caption(job)]
+    if not wanted:
+        return
+    with _ray(runtime):
+        images = _captioned(_images(wanted), wanted, runtime, restoring=False)
+        _collect(images.map(caption_row_stage, fn_args=(run_id,), num_cpus=0.5), on_row)
 
 
-class _ModelStage(ABC):
-    """An actor's stage: loads the engine once, then works on batches of tiles."""
-
-    name: str
-
-    def __init__(self, settings: Settings, device: Device) -> None:
-        self._engine: Engine | EngineError
-        try:
-            self._engine = engine.load_engine(settings, device)
-        except Exception as error:  # kept for the first tile: an exception here would make Ray try again and again
-            self._engine = EngineError(f"{type(error).__name__}: {error}")
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        tickets: list[TileTicket] = [pickle.loads(ticket) for ticket in batch["ticket"]]
-        working = [i for i, ticket in enumerate(tickets) if ticket.has_work and self.wanted(ticket)]
-        loaded = self._engine
-        watch = Stopwatch(self.name, "" if isinstance(loaded, EngineError) else loaded.device)
-        try:
-            if isinstance(loaded, EngineError):
-                raise loaded
-            self.work(loaded, tickets, batch, working)
-        except Exception as error:  # whatever it is, it concerns these tiles alone
-            for i in working:
-                failure = failure_of(self.name, tickets[i].job.source, error)
-                tickets[i] = dataclasses.replace(tickets[i], failure=failure)
-        for i in working:
-            tickets[i] = watch.record(tickets[i], share=len(working))
-        return batch | {"ticket": np.array([pickle.dumps(ticket) for ticket in tickets], dtype=object)}
-
-    def wanted(self, ticket: TileTicket) -> bool:
-        """Whether this stage has something to do for a tile that still has work."""
-        return True
-
-    @abstractmethod
-    def work(self, loaded: Engine, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
-        """Advance the tiles at the indices ``working`` in place."""
+def _images(jobs: Sequence[Job]) -> ray.data.Dataset:
+    return ray.data.from_items([new_row(job) for job in jobs], override_num_blocks=len(jobs))
 
 
-class CaptionStage(_ModelStage):
-    """Captions images whose manifest leaves that to the engine."""
-
-    name = "caption"
-
-    def wanted(self, ticket: TileTicket) -> bool:
-        """Images that came with a prompt keep it."""
-        return ticket.job.settings.prompt is None
-
-    def work(self, loaded: Engine, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
-        """Fill in ``caption``."""
-        for i in working:
-            tickets[i] = dataclasses.replace(tickets[i], caption=loaded.caption(tickets[i], batch["preview"][i]))
+def _captioned(images: ray.data.Dataset, jobs: Sequence[Job], runtime: Runtime, restoring: bool) -> ray.data.Dataset:
+    share = runtime.caption_gpus_per_actor
+    return images.map(preview_stage, fn_args=(restoring,), num_cpus=0.5).map_batches(
+        CaptionStage,
+        compute=ActorPoolStrategy(size=runtime.caption_actors),
+        # the captioner and its options are the manifest's, the same for every job that wants a caption
+        fn_constructor_args=(next(job for job in jobs if wants_caption(job)), runtime.device),
+        num_gpus=runtime.gpus_per_actor / 2 if share is None else share,
+        num_cpus=0,
+        batch_size=runtime.caption_batch,
+    )
 
 
-class RestoreStage(_ModelStage):
-    """Restores tiles."""
-
-    name = "restore"
-
-    def work(self, loaded: Engine, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
-        """Fill in the prompt and replace the pixels."""
-        for i in working:
-            caption = tickets[i].caption or tickets[i].job.settings.prompt or ""
-            prompt = engine.full_prompt(tickets[i].job.settings, caption)
-            tickets[i] = dataclasses.replace(tickets[i], caption=caption, prompt=prompt)
-        pixels = list(batch["pixels"])
-        restored = loaded.restore([tickets[i] for i in working], [pixels[i] for i in working])
-        for i, tile in zip(working, restored, strict=True):
-            pixels[i] = tile
-        batch["pixels"] = pixels
-        batch["preview"] = [_EMPTY] * len(tickets)
-
-
-def write_stage(row: Row, run_id: str) -> list[Row]:
-    """Tile to the run-log row of its image, or to nothing while other tiles of the image are still on their way."""
-    ticket: TileTicket = pickle.loads(row["ticket"])
-    outcome = write(ticket, row["pixels"], row["alpha"])
-    return [] if outcome is None else [runlog.to_row(outcome, run_id)]
+def _collect(rows: ray.data.Dataset, on_row: Callable[[Row], None]) -> None:
+    logged: set[str] = set()
+    for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for row in table.to_pylist():
+            if row["failure_kind"] == EngineError.kind:
+                raise EngineError(row["failure_message"])
+            if row["id"] not in logged:  # two writers may both see the last part of a cut image arrive
+                logged.add(row["id"])
+                on_row(row)
 
 
 @contextmanager

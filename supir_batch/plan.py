@@ -14,14 +14,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from supir_batch import runlog, store
+from supir_batch.captions import CAPTIONS_FOLDER
 from supir_batch.errors import ManifestError, StoreError
 from supir_batch.manifest import IMAGE_EXTENSIONS, describe, list_sources
 from supir_batch.settings import Manifest, resolve, settings_hash
-from supir_batch.types import Failure, Job, Settings, Source
+from supir_batch.types import Failure, Job, ModelRef, Settings, Source
 
 SCRATCH_FOLDER = "_parts"
 
-_RESERVED = {runlog.RUNS_FOLDER, SCRATCH_FOLDER}
+_RESERVED = {runlog.RUNS_FOLDER, SCRATCH_FOLDER, CAPTIONS_FOLDER}
 _EXTENSIONS = {"tiff": (".tif", ".tiff"), "png": (".png",), "jpeg": (".jpg", ".jpeg")}
 _MAX_PROBLEMS = 20
 
@@ -68,16 +69,18 @@ class Plan:
         return {reason: count for reason, count in self.reasons.items() if reason.startswith("settings changed")}
 
 
-def make_plan(manifest: Manifest, manifest_uri: str, model_sha256: str) -> Plan:
+def make_plan(manifest: Manifest, manifest_uri: str, model_sha256: str, captioner_identity: str = "") -> Plan:
     """Compare what the manifest names with what the run log below its output records.
 
-    ``model_sha256``: hash of the weights that would be used, "" for engines without. Raises ManifestError when inputs
+    ``model_sha256``: hash of the weights that would be used, "" for engines without; ``captioner_identity``: likewise
+    for caption mode ``llava``. Raises ManifestError when inputs
     are unusable, two sources would write the same output, or an output would overwrite an input.
     """
     listed = list_sources(manifest, manifest_uri)
-    jobs, refused = _jobs(manifest, listed.sources, model_sha256)
+    models = _Models(model_sha256, captioner_identity)
+    jobs, refused = _jobs(manifest, listed.sources, models)
     refused += [
-        RefusedJob(_job(manifest, source, model_sha256, _settings(manifest, source, model_sha256, "")), failure)
+        RefusedJob(_job(manifest, source, _settings(manifest, source, models, "")), failure)
         for source, failure in listed.refused
     ]
     every_job = [*jobs, *(entry.job for entry in refused)]
@@ -104,7 +107,14 @@ def make_plan(manifest: Manifest, manifest_uri: str, model_sha256: str) -> Plan:
 # --- jobs ----------------------------------------------------------------------------------------------------------
 
 
-def _jobs(manifest: Manifest, sources: Iterable[Source], model_sha256: str) -> tuple[list[Job], list[RefusedJob]]:
+class _Models(NamedTuple):
+    """What the models of a run are."""
+
+    sha256: str
+    captioner_identity: str
+
+
+def _jobs(manifest: Manifest, sources: Iterable[Source], models: _Models) -> tuple[list[Job], list[RefusedJob]]:
     jobs, refused, problems = [], [], []
     wants_sidecar = manifest.caption.mode == "sidecar" and manifest.engine.name == "supir"
     for source in sources:
@@ -113,7 +123,8 @@ def _jobs(manifest: Manifest, sources: Iterable[Source], model_sha256: str) -> t
             sidecar = _read_sidecar(source)
         text = "" if isinstance(sidecar, Failure) else sidecar
         try:
-            job = _job(manifest, source, model_sha256, resolve(manifest, source, model_sha256, text))
+            settings = resolve(manifest, source, models.sha256, text, models.captioner_identity)
+            job = _job(manifest, source, settings)
         except ManifestError as error:
             problems.append(str(error))
             continue
@@ -125,14 +136,14 @@ def _jobs(manifest: Manifest, sources: Iterable[Source], model_sha256: str) -> t
     return jobs, refused
 
 
-def _settings(manifest: Manifest, source: Source, model_sha256: str, sidecar: str) -> Settings:
+def _settings(manifest: Manifest, source: Source, models: _Models, sidecar: str) -> Settings:
     """Settings for the log row of a source that is refused anyway: a prompt it lacks does not matter any more."""
     if source.prompt is None and manifest.caption.mode == "manifest":
         source = replace(source, prompt="")
-    return resolve(manifest, source, model_sha256, sidecar)
+    return resolve(manifest, source, models.sha256, sidecar, models.captioner_identity)
 
 
-def _job(manifest: Manifest, source: Source, model_sha256: str, settings: Settings) -> Job:
+def _job(manifest: Manifest, source: Source, settings: Settings) -> Job:
     folder, _, file_name = source.relative.rpartition("/")
     name = manifest.output.naming.format(
         stem=_without_extension(file_name),
@@ -150,6 +161,9 @@ def _job(manifest: Manifest, source: Source, model_sha256: str, settings: Settin
         settings_sha256=settings_hash(settings),
         output_stem=stem,
         scratch_uri=store.join(manifest.output.uri, SCRATCH_FOLDER),
+        model=ModelRef(manifest.engine.weights, manifest.engine.config) if settings.engine == "supir" else None,
+        captions_uri=store.join(manifest.output.uri, CAPTIONS_FOLDER),
+        captioner=(manifest.caption.model or "") if settings.captioner else "",
     )
 
 

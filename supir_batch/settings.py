@@ -31,10 +31,10 @@ from pydantic import (
     model_validator,
 )
 
-from supir_batch import store
+from supir_batch import model_folder, store
 from supir_batch.errors import ManifestError
 from supir_batch.types import Settings, Source
-from supir_model.config import MODELS, ModelConfig, SamplingDefaults
+from supir_model.config import MODELS, TINY, ModelConfig, Prompts, SamplingDefaults, VAETilingMode
 
 ENVIRONMENT_PREFIX = "SUPIR_BATCH__"
 DEFAULT_NOTICE = "AI-assisted reconstruction; details may not be in the original"
@@ -87,7 +87,9 @@ class Engine(_Section):
     name: Literal["supir", "lanczos"] = Field(
         default="supir", description="supir: generative; lanczos: plain enlargement."
     )
-    weights: str = Field(default="tiny", description="Model of the supir engine: tiny, v0Q or v0F.")
+    weights: str = Field(
+        default="tiny", min_length=1, description="Model: tiny, or the folder (path or URI) of a converted model."
+    )
     preset: Literal["fidelity", "quality"] = Field(default="fidelity", description="fidelity: close to the source.")
     steps: int | None = Field(default=None, ge=1, le=1000, description="Sampling steps.")
     cfg_start: float | None = Field(
@@ -115,23 +117,34 @@ class Engine(_Section):
         le=8192,
         description="Shorter sides are enlarged to this many pixels while working; 0: never.",
     )
+    geometry: Literal["pad", "released"] = Field(
+        default="pad",
+        description="pad: the model pads and crops; released: sides squashed to multiples of 64 and 8-bit resampling, "
+        "as the released script does.",
+    )
     accept_license: str | None = Field(
         default=None, description="Name of the license of restricted weights, as acceptance."
     )
 
-    @field_validator("weights")
-    @classmethod
-    def _known_weights(cls, weights: str) -> str:
-        if weights not in MODELS:
-            raise ValueError(f"names no known model; choose one of {', '.join(MODELS)}{_hint(weights, MODELS)}")
-        return weights
+    _config: ModelConfig = PrivateAttr(default=TINY)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration of the model that ``weights`` names; of ``tiny`` for an engine without a model."""
+        return self._config
 
     @model_validator(mode="after")
     def _license_accepted(self) -> Engine:
-        needed = MODELS[self.weights].license
-        if self.name == "supir" and needed in _ACCEPTANCE_NEEDED and self.accept_license != needed:
+        if self.name != "supir":
+            return self
+        try:
+            self._config = model_folder.config(self.weights)
+        except ManifestError as error:
+            raise ValueError(str(error)) from error
+        needed = self._config.license
+        if needed in _ACCEPTANCE_NEEDED and self.accept_license != needed:
             raise ValueError(
-                f"weights '{self.weights}' may be used under the license '{needed}' only; "
+                f"weights '{self._config.name}' may be used under the license '{needed}' only; "
                 f"read it and add 'accept_license: {needed}'"
             )
         return self
@@ -140,17 +153,44 @@ class Engine(_Section):
 class Caption(_Section):
     """Where the prompt comes from. A ``prompt`` in a list row always wins."""
 
-    mode: Literal["attributes", "manifest", "sidecar", "fixed", "none"] = Field(
+    mode: Literal["attributes", "llava", "manifest", "sidecar", "fixed", "none"] = Field(
         default="attributes",
-        description="attributes: measured on the image; manifest: list column prompt; sidecar: <image>.txt beside it; "
-        "fixed: text; none: only the positive prompt.",
+        description="attributes: measured on the image; llava: a vision-language model; manifest: list column prompt; "
+        "sidecar: <image>.txt beside it; fixed: text; none: only the positive prompt.",
     )
     text: str | None = Field(default=None, description="The caption of every image, for mode fixed.")
+    material: Material = Field(default="photograph", description="What the images are; a list row may say otherwise.")
+    prompts: Literal["material", "release"] = Field(
+        default="material", description="material: prompts for the material; release: those SUPIR was published with."
+    )
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Captioner of mode llava: a hub id (owner/name), or a folder (/..., ./..., ../... or ~/...).",
+    )
+    revision: str | None = Field(default=None, min_length=1, description="Branch, tag or commit of a hub's model.")
+    question: str = Field(
+        default="Describe the content and the style of this {material} in great detail.",
+        min_length=1,
+        description="What the captioner is asked; {material} is the image's material.",
+    )
+    template: str = Field(default="", description="The prompt around {image} and {question}; empty: the model's own.")
+    max_new_tokens: int = Field(
+        default=128, ge=1, le=4096, description="Longest caption; the restorer reads 77 tokens, suffix included."
+    )
+    temperature: float = Field(default=0.0, ge=0, le=5, description="0: the likeliest words; above: drawn by seed.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Words are drawn from this share of the probability.")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        default="bfloat16", description="Number format of the captioner."
+    )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        default="none", description="Smaller weights on a GPU, by bitsandbytes."
+    )
     positive_prompt: str | None = Field(
-        default=None, description="Appended to every caption; left out: the model's own."
+        default=None, description="Appended to every caption; left out: as prompts says."
     )
     negative_prompt: str | None = Field(
-        default=None, description="What guidance leads away from; left out: the model's own."
+        default=None, description="What guidance leads away from; left out: as prompts says."
     )
 
     @model_validator(mode="after")
@@ -160,6 +200,33 @@ class Caption(_Section):
         if self.mode != "fixed" and self.text is not None:
             raise ValueError(f"'text' is only used by mode 'fixed', but mode is '{self.mode}'")
         return self
+
+    @model_validator(mode="after")
+    def _model_with_llava(self) -> Caption:
+        if self.mode == "llava" and self.model is None:
+            raise ValueError("mode 'llava' needs 'model', such as llava-hf/llava-1.5-7b-hf or ./llava-1.5-7b-hf")
+        if self.revision is not None and self.model is not None and is_model_folder(self.model):
+            raise ValueError("'revision' is only used with a model of the hub, but 'model' is a folder")
+        return self
+
+    @field_validator("template")
+    @classmethod
+    def _holds_image_and_question(cls, template: str) -> str:
+        if template and any(template.count(field) != 1 for field in ("{image}", "{question}")):
+            raise ValueError("must contain {image} and {question} once each")
+        return template
+
+    @field_validator("model")
+    @classmethod
+    def _folder_or_hub_id(cls, model: str | None) -> str | None:
+        if model is not None and not is_model_folder(model) and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+            raise ValueError("is neither a hub id (owner/name) nor a folder; begin a folder with / ./ ../ or ~/")
+        return model
+
+
+def is_model_folder(model: str) -> bool:
+    """Whether ``caption.model`` names a folder of this machine; otherwise it is a hub id."""
+    return model.startswith(("/", "./", "../", "~/"))
 
 
 class Tiling(_Section):
@@ -174,6 +241,14 @@ class Tiling(_Section):
     )
     stride: int | None = Field(
         default=None, ge=8, le=512, multiple_of=8, description="Step between windows, latent positions."
+    )
+    vae_tiling: VAETilingMode = Field(
+        default="off",
+        description="off: the autoencoder runs as one; exact: in parts, with the same result, slower and with less "
+        "memory; released: in tiles as the released program, which changes results.",
+    )
+    vae_tile: int = Field(
+        default=512, ge=64, le=8192, multiple_of=32, description="Side of the autoencoder's tiles, pixels."
     )
 
     @model_validator(mode="after")
@@ -203,6 +278,11 @@ class Runtime(_Section):
         default=0.0, ge=0, le=16, description="GPUs of one restoring worker; fractions share one."
     )
     batch: int = Field(default=1, ge=1, le=256, description="Tiles restored at once by one worker.")
+    caption_actors: int = Field(default=1, ge=1, le=4096, description="Captioning workers.")
+    caption_gpus_per_actor: float | None = Field(
+        default=None, ge=0, le=16, description="GPUs of one captioning worker; left out: it halves gpus_per_actor."
+    )
+    caption_batch: int = Field(default=1, ge=1, le=256, description="Images captioned at once by one worker.")
     address: str | None = Field(default=None, description="Address of a Ray cluster; left out: a local Ray.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA where a worker has it, else CPU."
@@ -388,15 +468,27 @@ def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _make_absolute(data: dict[str, Any], folder: str) -> None:
-    """Resolve ``inputs`` and ``output.uri`` against ``folder``; values of a wrong type are left to validation."""
+    """Resolve what names places against ``folder``; values of a wrong type are left to validation."""
     inputs = data.get("inputs")
     if isinstance(inputs, str) and inputs:
         data["inputs"] = [_absolute_input(folder, inputs)]
     elif isinstance(inputs, list):
         data["inputs"] = [_absolute_input(folder, one) if isinstance(one, str) and one else one for one in inputs]
+    engine = data.get("engine")
+    weights = engine.get("weights") if isinstance(engine, dict) else None
+    if isinstance(engine, dict) and isinstance(weights, str) and weights and weights != TINY.name:
+        absolute = store.resolve(folder, weights)
+        # a bare name of a model is a folder only if there is one, so that the message can speak of the name
+        data["engine"] = {
+            **engine,
+            "weights": weights if weights in MODELS and not store.is_folder(absolute) else absolute,
+        }
     output = data.get("output")
     if isinstance(output, dict) and isinstance(output.get("uri"), str) and output["uri"]:
         data["output"] = {**output, "uri": store.resolve(folder, output["uri"])}
+    caption = data.get("caption")
+    if isinstance(caption, dict) and isinstance(caption.get("model"), str) and is_model_folder(caption["model"]):
+        data["caption"] = {**caption, "model": store.resolve(folder, caption["model"])}
 
 
 def _absolute_input(folder: str, reference: str) -> str:
@@ -486,23 +578,32 @@ def _shown(value: object) -> str:
 # --- resolving -----------------------------------------------------------------------------------------------------
 
 
-def resolve(manifest: Manifest, source: Source, model_sha256: str, sidecar: str | None = None) -> Settings:
+def resolve(
+    manifest: Manifest,
+    source: Source,
+    model_sha256: str,
+    sidecar: str | None = None,
+    captioner_identity: str = "",
+) -> Settings:
     """Everything that decides this image's output besides its bytes.
 
     ``model_sha256`` is the hash of the weights ("" for engines without). ``sidecar`` is the text beside the image, for
-    caption mode ``sidecar``. Raises ManifestError when the caption mode needs a text that is not there.
+    caption mode ``sidecar``; ``captioner_identity`` says what the captioner is, for mode ``llava``. Raises
+    ManifestError when the caption mode needs a text that is not there.
     """
     engine, generative = manifest.engine, manifest.engine.name == "supir"
     sampling = _sampling(manifest)
     prompt, prompt_source = _prompt(manifest, source, sidecar)
-    config = MODELS[engine.weights]
+    config, prompts = engine.config, _prompts(manifest, source)
     window, stride = _window(manifest) if generative else (0, 0)
+    vae_tiling: VAETilingMode = manifest.tiling.vae_tiling if generative else "off"
+    asked = manifest.caption if prompt_source == "llava" else None
     tau = sampling["restoration_tau"]
     return Settings(
         engine=engine.name,
         engine_name=config.display_name if generative else "Lanczos",
         model_sha256=model_sha256 if generative else "",
-        weights=engine.weights if generative else "",
+        weights=config.name if generative else "",
         preset=engine.preset if generative else "",
         steps=int(sampling["steps"]),
         cfg_start=float(sampling["cfg_start"]),
@@ -518,12 +619,24 @@ def resolve(manifest: Manifest, source: Source, model_sha256: str, sidecar: str 
         stride=stride,
         max_pixels=manifest.tiling.max_pixels,
         overlap=manifest.tiling.overlap,
+        geometry=engine.geometry if generative else "pad",
+        vae_tiling=vae_tiling,
+        vae_tile=0 if vae_tiling == "off" else manifest.tiling.vae_tile,
         caption_mode=manifest.caption.mode if generative else "none",
         prompt=prompt,
         prompt_source=prompt_source,
-        positive_prompt=_positive(manifest) if generative else "",
-        negative_prompt=_negative(manifest, source) if generative else "",
-        material=(source.material or "") if generative else "",
+        positive_prompt=prompts.positive if generative else "",
+        negative_prompt=prompts.negative if generative else "",
+        captioner=asked.model.rstrip("/").rpartition("/")[2] if asked and asked.model else "",
+        captioner_identity=captioner_identity if asked else "",
+        caption_question=asked.question.replace("{material}", _material(manifest, source)) if asked else "",
+        caption_template=asked.template if asked else "",
+        caption_max_new_tokens=asked.max_new_tokens if asked else 0,
+        caption_temperature=asked.temperature if asked else 0.0,
+        caption_top_p=asked.top_p if asked and asked.temperature > 0 else 0.0,
+        caption_precision=asked.precision if asked else "",
+        caption_quantization=asked.quantization if asked else "",
+        material=_material(manifest, source) if generative else "",
         run_seed=engine.seed if generative else 0,
         seed=source.seed if generative else None,
         format=manifest.output.format,
@@ -541,7 +654,7 @@ _SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingDefaul
 
 
 def _preset(manifest: Manifest) -> SamplingDefaults:
-    presets = MODELS[manifest.engine.weights].presets
+    presets = manifest.engine.config.presets
     if manifest.engine.preset not in presets:
         raise ManifestError(
             f"engine.preset: weights '{manifest.engine.weights}' have no preset '{manifest.engine.preset}'; "
@@ -564,7 +677,7 @@ def _sampling(manifest: Manifest) -> dict[str, Any]:
 
 def _window(manifest: Manifest) -> tuple[int, int]:
     """Window and stride in latent positions. A narrower window keeps the model's stride within it."""
-    config: ModelConfig = MODELS[manifest.engine.weights]
+    config = manifest.engine.config
     window = config.window if manifest.tiling.window is None else manifest.tiling.window
     stride = min(config.stride, window) if manifest.tiling.stride is None else manifest.tiling.stride
     return window, stride
@@ -572,19 +685,22 @@ def _window(manifest: Manifest) -> tuple[int, int]:
 
 def _min_size(manifest: Manifest) -> int:
     given = manifest.engine.min_size
-    return MODELS[manifest.engine.weights].min_size if given is None else given
+    return manifest.engine.config.min_size if given is None else given
 
 
-def _positive(manifest: Manifest) -> str:
-    given = manifest.caption.positive_prompt
-    return MODELS[manifest.engine.weights].positive_prompt if given is None else given
+def _material(manifest: Manifest, source: Source | None) -> str:
+    return (source.material if source else None) or manifest.caption.material
 
 
-def _negative(manifest: Manifest, source: Source | None) -> str:
-    for given in (source.negative_prompt if source else None, manifest.caption.negative_prompt):
-        if given is not None:
-            return given
-    return MODELS[manifest.engine.weights].negative_prompt
+def _prompts(manifest: Manifest, source: Source | None) -> Prompts:
+    """Positive suffix and negative prompt: the row's, else the manifest's, else those of material or release."""
+    caption, model = manifest.caption, manifest.engine.config
+    chosen = model.release_prompts if caption.prompts == "release" else model.prompts_for(_material(manifest, source))
+    negatives = (source.negative_prompt if source else None, caption.negative_prompt, chosen.negative)
+    return Prompts(
+        chosen.positive if caption.positive_prompt is None else caption.positive_prompt,
+        next(negative for negative in negatives if negative is not None),
+    )
 
 
 def _prompt(manifest: Manifest, source: Source, sidecar: str | None) -> tuple[str | None, str]:
@@ -598,8 +714,8 @@ def _prompt(manifest: Manifest, source: Source, sidecar: str | None) -> tuple[st
         return caption.text, "fixed"
     if caption.mode == "none":
         return "", "none"
-    if caption.mode == "attributes":
-        return None, "attributes"
+    if caption.mode in ("attributes", "llava"):
+        return None, caption.mode
     if caption.mode == "sidecar" and sidecar is not None:
         return sidecar.strip(), "sidecar"
     raise ManifestError(
@@ -612,11 +728,15 @@ def _prompt(manifest: Manifest, source: Source, sidecar: str | None) -> tuple[st
 def explain(manifest: Manifest) -> list[Explained]:
     """Every key with the value that will be used and where that comes from; values a list row gives come on top.
 
-    ``origin`` is ``manifest``, ``environment``, ``flag``, ``default``, ``preset <preset> of <weights>``,
-    ``model <weights>`` or ``not used by lanczos``.
+    ``origin`` is ``manifest``, ``environment``, ``flag``, ``default``, ``preset <preset> of <model>``,
+    ``model <model>``, ``prompts for <material> of <model>``, ``prompts of the release of <model>``, ``not used by
+    lanczos`` or ``only used by caption.mode llava``.
     """
     engine, generative = manifest.engine, manifest.engine.name == "supir"
-    preset, model = f"preset {engine.preset} of {engine.weights}", f"model {engine.weights}"
+    preset, model = f"preset {engine.preset} of {engine.config.name}", f"model {engine.config.name}"
+    of_release = manifest.caption.prompts == "release"
+    origin = f"prompts {'of the release' if of_release else f'for {manifest.caption.material}'} of {engine.config.name}"
+    prompts = _prompts(manifest, None)
     filled: dict[str, tuple[object, str]] = {}
     if generative:
         filled = {f"engine.{key}": (value, preset) for key, value in _sampling(manifest).items()}
@@ -625,14 +745,18 @@ def explain(manifest: Manifest) -> list[Explained]:
             "engine.min_size": (_min_size(manifest), model),
             "tiling.window": (window, model),
             "tiling.stride": (stride, model),
-            "caption.positive_prompt": (_positive(manifest), model),
-            "caption.negative_prompt": (_negative(manifest, None), model),
+            "caption.positive_prompt": (prompts.positive, origin),
+            "caption.negative_prompt": (prompts.negative, origin),
         }
     used_by_lanczos = {"engine.name", "engine.upscale", "tiling.max_pixels", "tiling.overlap"}
     explained = []
     for key, value, given in _flat(manifest):
         if not generative and key.startswith(("engine.", "caption.", "tiling.")) and key not in used_by_lanczos:
             explained.append(Explained(key, None, "not used by lanczos"))
+        elif key in _LLAVA_KEYS and manifest.caption.mode != "llava":
+            explained.append(Explained(key, None, "only used by caption.mode llava"))
+        elif key == "tiling.vae_tile" and manifest.tiling.vae_tiling == "off":
+            explained.append(Explained(key, 0, "not used with tiling.vae_tiling off"))
         elif key in filled and value is None:
             explained.append(Explained(key, *filled[key]))
         else:
@@ -649,6 +773,22 @@ def _flat(model: BaseModel, prefix: str = "") -> list[tuple[str, Any, bool]]:
         else:
             rows.append((f"{prefix}{key}", value, key in model.model_fields_set))
     return rows
+
+
+_LLAVA_KEYS = {
+    f"caption.{key}"
+    for key in (
+        "model",
+        "revision",
+        "question",
+        "template",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "precision",
+        "quantization",
+    )
+}
 
 
 # --- identity ------------------------------------------------------------------------------------------------------

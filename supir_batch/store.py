@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import os
 import posixpath
 import secrets
@@ -26,6 +27,7 @@ from supir_batch.errors import StoreError, TransientStoreError
 
 PARTIAL_SUFFIX = ".partial"
 
+_PIECE = 4 * 1024 * 1024  # bytes read at once from a large object
 _MAX_NAME_BYTES = 255  # of one path component, on every file system we know
 
 # Object stores have no folders: asking them to make one may create a bucket.
@@ -265,6 +267,47 @@ def read_text(uri: str) -> str:
         raise StoreError(f"{uri}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
+def sha256(uri: str) -> str:
+    """SHA-256 (hex) of the object, read piece by piece."""
+    digest = hashlib.sha256()
+    with _errors(uri, "read"), _open(uri, 0) as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def download(uri: str, target: Path, expected_sha256: str | None = None) -> str:
+    """Copy the object to the local file ``target`` and return its SHA-256 (hex); an interrupted copy is continued.
+
+    The bytes go to a hidden file beside ``target``, named after the object's version, which takes its name once it is
+    whole. Raises StoreError when the hash is not ``expected_sha256``, or ``target`` exists with another content.
+    """
+    if target.exists():
+        found = sha256(str(target))
+        if found != (expected_sha256 or sha256(uri)):
+            raise StoreError(f"{target}: exists with another content than {uri}; it is not overwritten")
+        return found
+    version = info(uri)
+    token = hashlib.sha256(f"{uri} {version.version}".encode()).hexdigest()[:16]
+    partial = target.with_name(f".{target.name}.{token}{PARTIAL_SUFFIX}")
+    with _errors(uri, "download"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        have = partial.stat().st_size if partial.exists() else 0
+        with _open(uri, have) as source, partial.open("ab") as sink:
+            shutil.copyfileobj(source, sink, _PIECE)
+            sink.flush()
+            os.fsync(sink.fileno())
+    found, size = sha256(str(partial)), partial.stat().st_size
+    if size != version.size or found != (expected_sha256 or found):
+        partial.unlink()
+        wanted = f"SHA-256 {expected_sha256}" if size == version.size else f"{version.size} bytes"
+        saw = f"SHA-256 {found}" if size == version.size else f"{size} bytes"
+        raise StoreError(f"{uri}: arrived with {saw}, expected {wanted}; fetch it again or check where it is from")
+    os.replace(partial, target)
+    _sync_folder(target.parent)
+    return found
+
+
 @contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
     """A local file with the object's bytes: the file itself when local, else a download that is removed afterwards.
@@ -363,6 +406,21 @@ def is_partial(uri: str) -> bool:
 
 
 # --- inside --------------------------------------------------------------------------------------------------------
+
+
+def _open(uri: str, offset: int) -> Any:
+    """A binary file open for reading from ``offset`` on."""
+    if is_local(uri):
+        file: Any = local_path(uri).open("rb")
+    else:
+        fs, path = filesystem(uri)
+        file = fs.open(path, "rb")
+    try:
+        file.seek(offset)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def _below(inner: str, outer: str) -> str | None:

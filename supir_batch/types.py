@@ -11,6 +11,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from supir_model.config import ModelConfig, VAETilingMode
+
 FloatImage = NDArray[np.float32]  # [H, W, C], values in [0, 1]
 
 OutputFormat = Literal["tiff", "png", "jpeg"]
@@ -66,11 +68,23 @@ class Settings:
     stride: int
     max_pixels: int  # a larger working image is cut into tiles
     overlap: int  # pixels shared by neighboring tiles
+    geometry: Literal["pad", "released"]
+    vae_tiling: VAETilingMode
+    vae_tile: int  # pixels; 0: not tiled
     caption_mode: str
     prompt: str | None  # None: to be captioned
-    prompt_source: str  # "manifest" | "sidecar" | "fixed" | "none" | "attributes"
+    prompt_source: str  # "manifest" | "sidecar" | "fixed" | "none" | "attributes" | "llava"
     positive_prompt: str  # appended to the caption
     negative_prompt: str
+    captioner: str  # name of the model; this and the next eight are "" or 0 unless it captions this image
+    captioner_identity: str  # hash of its files or commit of the hub
+    caption_question: str
+    caption_template: str  # "": the model's own
+    caption_max_new_tokens: int
+    caption_temperature: float
+    caption_top_p: float
+    caption_precision: Literal["", "float32", "bfloat16", "float16"]
+    caption_quantization: Literal["", "none", "8bit", "4bit"]
     material: str
     run_seed: int
     seed: int | None  # None: from the source's hash
@@ -83,10 +97,22 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class ModelRef:
+    """The model of a generative engine: ``tiny`` or the URI of a converted model's folder, and its configuration.
+
+    No part of the settings: a model that moves is the same model, its hash is in ``Settings.model_sha256``.
+    """
+
+    uri: str
+    config: ModelConfig = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Job:
     """One image and all that was decided about it before its pixels were read.
 
     ``output_stem`` is the output URI without its extension: the format may follow the source's.
+    ``captioner`` is where the captioner is loaded from, a folder or a hub id.
     """
 
     source: Source
@@ -94,6 +120,9 @@ class Job:
     settings_sha256: str
     output_stem: str
     scratch_uri: str  # where parts of a cut image wait for assembly
+    model: ModelRef | None = None  # None: the engine has none
+    captions_uri: str = ""  # where captions are kept
+    captioner: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from supir_batch import color, commit, encode, metadata, provenance, resample, stitch, store
+from supir_batch import color, commit, encode, metadata, provenance, released, resample, stitch, store
+from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.commit import Committed
 from supir_batch.errors import ImageError, StoreError
-from supir_batch.stage import Stopwatch, failure_of
-from supir_batch.types import Failure, FloatImage, ImageFacts, Job, Outcome, TileBox, TileTicket
+from supir_batch.types import Failure, FloatImage, ImageFacts, Job, Outcome, Settings, TileBox, TileTicket
 
 FLAT_OUTPUT, FLAT_SOURCE = 0.5 / 255, 2.0 / 255
 """An output whose luma varies less than the first while its source's varies more than the second is a failed one."""
@@ -108,7 +108,7 @@ def _check_tile(pixels: FloatImage, box: TileBox) -> None:
 def _finish(ticket: TileTicket, facts: ImageFacts, tile: FloatImage, watch: Stopwatch) -> Outcome:
     """From the whole image at working size ([h, w, 3 or 4]) to the committed output."""
     job, settings = ticket.job, ticket.job.settings
-    whole = resample.resize(tile, facts.output_width, facts.output_height)
+    whole = _at_output_size(tile, facts, settings)
     rgb = color.apply_tone(np.clip(whole[..., :3], 0.0, 1.0), color.Tone(facts.tone, facts.tone_curve))
     alpha = np.clip(whole[..., 3], 0.0, 1.0) if whole.shape[2] == 4 else np.zeros((0, 0), np.float32)
     spread = float(color.luma(rgb).std())
@@ -143,6 +143,15 @@ def _finish(ticket: TileTicket, facts: ImageFacts, tile: FloatImage, watch: Stop
         finished = watch.record(dataclasses.replace(ticket, facts=told))
         commit.commit(output, path, _sidecar(finished, record, result))
     return _done(finished, result)
+
+
+def _at_output_size(whole: FloatImage, facts: ImageFacts, settings: Settings) -> FloatImage:
+    """Working size to output size, [h, w, 3 or 4]; the release knows no alpha, so that goes its usual way."""
+    width, height = facts.output_width, facts.output_height
+    if settings.geometry == "pad":
+        return resample.resize(whole, width, height)
+    rgb = released.to_output(whole[..., :3], width, height).astype(np.float32) / np.float32(255)
+    return np.concatenate([rgb, resample.resize(whole[..., 3:], width, height)], axis=2)
 
 
 def _sidecar(ticket: TileTicket, record: provenance.ProvenanceRecord, output: Committed) -> dict[str, object]:

@@ -11,6 +11,7 @@ from typing import Literal
 
 Prediction = Literal["epsilon", "v"]
 ColorFix = Literal["wavelet", "adain", "none"]
+VAETilingMode = Literal["off", "exact", "released"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,14 @@ class SamplingDefaults:
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """What is appended to every caption, without a separator, and what guidance leads away from."""
+
+    positive: str
+    negative: str
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One model: network sizes, denoiser scaling, latent window, defaults, and who may use it."""
 
@@ -117,11 +126,21 @@ class ModelConfig:
     positive_prompt: str
     negative_prompt: str
     license: str
+    material_prompts: dict[str, Prompts] = field(default_factory=dict, hash=False)  # by material; may be empty
 
     @property
     def alignment(self) -> int:
         """Image sides must be multiples of this many pixels inside the networks; the model pads and crops."""
         return int(self.vae.factor * 2 ** (len(self.unet.channels) - 1))
+
+    @property
+    def release_prompts(self) -> Prompts:
+        """The prompts the model was published with."""
+        return Prompts(self.positive_prompt, self.negative_prompt)
+
+    def prompts_for(self, material: str) -> Prompts:
+        """The prompts for one material; those of the release where this model has none for it."""
+        return self.material_prompts.get(material, self.release_prompts)
 
 
 _SDXL_VAE = VAEConfig((128, 256, 512, 512), 2, 4, 32, mid_attention=True, scale=0.13025)
@@ -142,6 +161,36 @@ _V0_NEGATIVE = (
     "deformed, lowres, over-smooth"
 )
 
+# The release's negative prompt names painting, drawing, art, sketch, frames and signature: it fights archives. These
+# lead away from damage and from the other materials, never from the material itself or from marks it may carry.
+_SDXL_MATERIALS = {
+    "photograph": Prompts(
+        ", photograph, sharp focus, natural detail, natural skin texture, fine film grain, faithful tones",
+        "blurry, out of focus, scratches, dust, stains, fading, jpeg artifacts, noise, low quality, over-smooth, "
+        "over-sharpened, plastic skin, cartoon, CG style, 3D render",
+    ),
+    "painting": Prompts(
+        ", painting, visible brushwork, canvas texture, original pigments, fine detail, high quality reproduction",
+        "blurry, stains, dust, jpeg artifacts, noise, low quality, over-smooth, over-sharpened, plastic, photograph, "
+        "CG style, 3D render",
+    ),
+    "drawing": Prompts(
+        ", drawing, clear lines, fine hatching, paper texture, even paper, fine detail, high quality reproduction",
+        "blurry, smudges, stains, foxing, jpeg artifacts, noise, low quality, over-smooth, broken lines, photograph, "
+        "CG style, 3D render",
+    ),
+    "document": Prompts(
+        ", document, crisp legible letters, original typeface and handwriting, even paper, high quality scan",
+        "blurry, garbled letters, invented text, broken strokes, bleed-through, stains, foxing, jpeg artifacts, noise, "
+        "low quality, over-smooth, photograph, 3D render",
+    ),
+    "map": Prompts(
+        ", map, crisp thin lines, legible place names, flat even colors, paper texture, high quality scan",
+        "blurry, garbled letters, invented text, broken lines, color bleeding, stains, foxing, jpeg artifacts, noise, "
+        "low quality, over-smooth, photograph, 3D render",
+    ),
+}
+
 
 def _v0(name: str) -> ModelConfig:
     return ModelConfig(
@@ -159,6 +208,7 @@ def _v0(name: str) -> ModelConfig:
         positive_prompt=_V0_POSITIVE,
         negative_prompt=_V0_NEGATIVE,
         license="supir-noncommercial",
+        material_prompts=_SDXL_MATERIALS,
     )
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from supir_model import weights
 from supir_model.color import fix_color
 from supir_model.config import ColorFix, ModelConfig
 from supir_model.denoiser import denoise, guide, linear_cfg
 from supir_model.errors import RequestError
-from supir_model.networks import Conditioning, Networks, build_on_meta
+from supir_model.loading import load_networks
+from supir_model.networks import Conditioning, Networks
 from supir_model.noise import latent_noise
 from supir_model.sampler import SamplerSettings, Window, sample, windows_of
+from supir_model.vae_tiling import WHOLE, VAETiling
+from supir_model.weights import Checkpoint
 
 _POSTERIOR_DRAW = 0  # noise draws before the sampler's own
 _FIRST_SAMPLER_DRAW = 1
@@ -27,13 +31,16 @@ class Sampling:
     """How to restore; defaults per model and preset are in ``config.ModelConfig.presets``.
 
     sampler: its settings, whose type says which one it is. cfg_start: guidance scale at the largest sigma, cfg_end
-    at 0, linear between.
+    at 0, linear between. vae_tiling: parts in which the VAE runs. clip: whether results are clipped to [-1, 1]; the
+    release resizes before it clips.
     """
 
     sampler: SamplerSettings
     cfg_start: float
     cfg_end: float
     color_fix: ColorFix
+    vae_tiling: VAETiling = WHOLE
+    clip: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,13 @@ class SupirModel:
         self.device = device
 
     @classmethod
-    def load(cls, name: str = "tiny", device: str | None = None) -> SupirModel:
-        """Load shipped weights by name. device: torch device, default CUDA where there is one. Raises WeightsError."""
-        config, path = weights.find(name)
+    def load(cls, source: str | Path | Checkpoint = "tiny", device: str | None = None) -> Self:
+        """Load a model: ``tiny``, the folder of a converted one, or published files (``weights.Checkpoint``).
+
+        device: torch device, default CUDA where there is one. Raises WeightsError.
+        """
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        networks = build_on_meta(config)
-        weights.load_into(networks, path, torch.float32, target)
-        networks.to(target)  # token positions are not among the weights
+        networks, config = load_networks(source, target)
         networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return cls(networks, config, target)
 
@@ -81,26 +88,31 @@ class SupirModel:
         decoded = vae.decode(vae.encode_robust(padded))
         return decoded[0, :, : image.shape[1], : image.shape[2]].clamp(-1, 1)
 
+    def keep_first_stage_only(self) -> None:
+        """Free the networks that only restoring needs, for captioners; :meth:`restore` cannot be used afterwards."""
+        for name in ("text", "control", "unet"):
+            delattr(self.networks, name)
+
     @torch.inference_mode()
     def restore(self, requests: Sequence[Request], sampling: Sampling) -> list[Tensor]:
-        """Restore images: [3, H, W] in [-1, 1] each, same sizes and order as the requests, on the CPU.
+        """Restore images: [3, H, W] each, in [-1, 1] if clipped, same sizes and order as the requests, on the CPU.
 
         Each result depends on its own request alone, whatever the company.
         """
         if not requests:
             return []
-        vae, factor = self.networks.vae, self.config.vae.factor
+        vae, factor, tiling = self.networks.vae, self.config.vae.factor, sampling.vae_tiling
         stage1, control, center, prompts = [], [], [], []
         for request in requests:
             if request.top % factor or request.left % factor:
                 raise RequestError(f"tile origin ({request.top}, {request.left}) is not a multiple of {factor} pixels")
             padded = self._pad(request.image)
-            z_lq = vae.encode_robust(padded)
-            decoded = vae.decode(z_lq)
+            z_lq = vae.encode_robust(padded, tiling)
+            decoded = vae.decode(z_lq, tiling)
             posterior = self._noise(request, _POSTERIOR_DRAW, z_lq.shape[-2:])
             stage1.append(decoded)
             control.append(z_lq[0])
-            center.append(vae.encode(decoded, posterior[None])[0])
+            center.append(vae.encode(decoded, posterior[None], tiling)[0])
             self._check_window_prompts(request, z_lq.shape[-2:], sampling.sampler)
             positive = request.window_prompts or (request.prompt,)
             prompts.append(self.networks.text([request.negative_prompt, *positive]))
@@ -135,8 +147,9 @@ class SupirModel:
         latents = sample(guided, center, noise, sampling.sampler)
         restored = []
         for request, latent, style in zip(requests, latents, stage1, strict=True):
-            image = fix_color(vae.decode(latent[None]), style, sampling.color_fix)
-            restored.append(image[0, :, : request.image.shape[1], : request.image.shape[2]].clamp(-1, 1).cpu())
+            image = fix_color(vae.decode(latent[None], tiling), style, sampling.color_fix)
+            image = image[0, :, : request.image.shape[1], : request.image.shape[2]].cpu()
+            restored.append(image.clamp(-1, 1) if sampling.clip else image)
         return restored
 
     def _check_window_prompts(self, request: Request, size: torch.Size, settings: SamplerSettings) -> None:

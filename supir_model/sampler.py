@@ -51,7 +51,9 @@ class EDMSettings:
 
     restoration_tau: exponent of the pull towards ``x_center`` (larger is weaker), None = off. churn: s_churn >= 0.
     noise: s_noise, the factor on churn noise. control_scale_start: control scale at the largest sigma, linear in sigma
-    to ``control_scale`` at 0; None = constant. window, stride: latent positions.
+    to ``control_scale`` at 0; None = constant. window, stride: latent positions. bfloat16_sigmas: round the first
+    latent, all sigmas and what is computed from sigmas alone to bfloat16, as the release does beside a bfloat16
+    autoencoder (section 13); only to repeat its numbers.
     """
 
     steps: int
@@ -62,6 +64,7 @@ class EDMSettings:
     control_scale_start: float | None = None
     window: int = 128
     stride: int = 64
+    bfloat16_sigmas: bool = False
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,9 @@ def trajectory(
     batches = _batches(windows, window_batch)
     # what one step hands to the next, latents first; all of it is blended
     state = [[noise(i, 0).to(c) * torch.sqrt(1 + sigmas[0] ** 2) for i, c in enumerate(x_center)]]
+    if isinstance(settings, EDMSettings) and settings.bfloat16_sigmas:
+        state = [[x.bfloat16().to(x) for x in state[0]]]
+        sigmas = sigmas.bfloat16()
     for step in range(settings.steps):
         draw = _draws_noise(settings, step)
         eps = [noise(i, step + 1).to(c) if draw else torch.zeros_like(c) for i, c in enumerate(x_center)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from supir_model.config import VAEConfig
+from supir_model.vae_tiling import WHOLE, VAETiling, run_decoder, run_encoder
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -29,15 +30,16 @@ class ShortcutEncoder(nn.Module):
         self.shortcut = nn.Conv2d(3 * factor**2, 2 * latent_channels, 1)
         self.factor = factor
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, tiling: VAETiling = WHOLE) -> Tensor:
         """Image [B, 3, H, W] in [-1, 1] to moments before ``quant_conv`` [B, 2C, H/f, W/f]."""
-        return torch.add(self.encoder(image), self.shortcut(F.pixel_unshuffle(image, self.factor)))
+        encoded = run_encoder(self.encoder, image, tiling, self.factor)
+        return torch.add(encoded, self.shortcut(F.pixel_unshuffle(image, self.factor)))
 
 
 class RobustVAE(nn.Module):
     """Ordinary encoder, robust encoder, decoder. Latents are scaled: ``latent = config.scale * z``.
 
-    Image sides must be multiples of ``config.factor``.
+    Image sides must be multiples of ``config.factor``. ``tiling`` says in which parts the networks run.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -78,27 +80,36 @@ class RobustVAE(nn.Module):
             return encoder
         return ShortcutEncoder(encoder, self.config.factor, self.config.latent_channels)
 
-    def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def _encoded(self, encoder: nn.Module, image: Tensor, tiling: VAETiling) -> Tensor:
+        """Posterior mean and log variance, [B, 2C, h, w]."""
+        if isinstance(encoder, ShortcutEncoder):
+            encoded = encoder(image, tiling)
+        else:
+            encoded = run_encoder(encoder, image, tiling, self.config.factor)
+        both: Tensor = self.autoencoder.quant_conv(encoded)
+        return both
+
+    def moments(self, image: Tensor, tiling: VAETiling = WHOLE) -> tuple[Tensor, Tensor]:
         """Posterior mean and log variance [B, C, h, w] of the ordinary encoder, unscaled."""
-        mean, logvar = self.autoencoder.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        mean, logvar = self._encoded(self.encoder, image, tiling).chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
-    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+    def encode(self, image: Tensor, noise: Tensor | None = None, tiling: VAETiling = WHOLE) -> Tensor:
         """Scaled latent of a clean image: the mode, or the sample that unit normal ``noise`` [B, C, h, w] selects."""
-        mean, logvar = self.moments(image)
+        mean, logvar = self.moments(image, tiling)
         if noise is not None:
             mean = mean + torch.exp(0.5 * logvar) * noise
         return self.config.scale * mean
 
-    def encode_robust(self, image: Tensor) -> Tensor:
+    def encode_robust(self, image: Tensor, tiling: VAETiling = WHOLE) -> Tensor:
         """Scaled latent (mode) the robust encoder sees behind a degraded image [B, 3, H, W] in [-1, 1]."""
-        mean, _ = self.autoencoder.quant_conv(self.robust_encoder(image)).chunk(2, dim=1)
+        mean, _ = self._encoded(self.robust_encoder, image, tiling).chunk(2, dim=1)
         return torch.mul(mean, self.config.scale)
 
-    def decode(self, latent: Tensor) -> Tensor:
+    def decode(self, latent: Tensor, tiling: VAETiling = WHOLE) -> Tensor:
         """Scaled latent [B, C, h, w] to image [B, 3, H, W], about [-1, 1], not clipped."""
         z = self.autoencoder.post_quant_conv(latent / self.config.scale)
-        image: Tensor = self.autoencoder.decoder(z)
+        image = run_decoder(self.autoencoder.decoder, z, tiling, self.config.factor)
         if self.decoder_shortcut is not None:
             image = image + F.pixel_shuffle(self.decoder_shortcut(z), self.config.factor)
         return image

@@ -21,3 +21,62 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--parity-table", type=Path, metavar="FILE", help="write the largest measured differences as a Markdown table"
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a LLaVA of random weights (CLIP vision, Llama text, 0.6 MB) in the layout of llava-hf."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llava"
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    letters = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=letters, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
+        "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %} ASSISTANT:{% endif %}",
+    ).save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = LlavaForConditionalGeneration(
+            LlavaConfig(
+                vision_config=CLIPVisionConfig(
+                    hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28,
+                    patch_size=14, projection_dim=32,
+                ),
+                text_config=LlamaConfig(
+                    vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, bos_token_id=1,
+                    eos_token_id=2, pad_token_id=0, initializer_range=0.2,
+                ),
+                image_token_index=vocabulary["<image>"],
+                pad_token_id=0,
+            )
+        )  # fmt: skip
+        for weights in (*model.model.multi_modal_projector.parameters(), *model.lm_head.parameters()):
+            torch.nn.init.normal_(weights, std=0.5)  # so that the image matters, and no two words are nearly as likely
+    model.generation_config.temperature, model.generation_config.do_sample = 0.3, True  # as released ones have it
+    model.save_pretrained(folder)
+    return folder

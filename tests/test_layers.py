@@ -15,9 +15,11 @@ ROOT = Path(__file__).parents[1]
 SUPIR_MODEL = [
     "errors",
     "config",
+    "folder",
     "zero_sft",
     "unet",
     "control",
+    "vae_tiling",
     "vae",
     "text",
     "networks",
@@ -26,9 +28,13 @@ SUPIR_MODEL = [
     "sampler",
     "color",
     "caption",
+    "llava",
     "checkpoint_keys",
     "weights",
+    "lora",
+    "loading",
     "model",
+    "convert",
     "training.degradations",
     "training.datasets",
     "training.stages",
@@ -39,15 +45,19 @@ SUPIR_MODEL = [
 SUPIR_BATCH = [
     "errors",
     "types",
-    "stage",
+    "bookkeeping",
     "store",
+    "model_folder",
+    "models",
     "settings",
     "manifest",
     "tiles",
     "runlog",
+    "captions",
     "plan",
     "probe",
     "resample",
+    "released",
     "color",
     "provenance",
     "metadata",
@@ -55,12 +65,15 @@ SUPIR_BATCH = [
     "commit",
     "decode",
     "engine",
+    "captioner",
     "stitch",
     "write",
+    "stages",
     "pipeline",
     "report.build",
     "progress",
     "driver",
+    "caption_list",
     "cli",
     "__main__",
     "demo",
@@ -75,6 +88,7 @@ ONLY = {
     "pydantic": {"supir_batch.settings", "supir_batch.manifest"},
     "yaml": {"supir_batch.settings"},
     "typer": {"supir_batch.cli"},
+    "huggingface_hub": {"supir_batch.models"},
 }
 FORBIDDEN_IN_MODEL = {"supir_batch", "ray", "fsspec", "s3fs", "pyvips", "pyarrow", "pydantic", "tifffile"}
 
@@ -145,17 +159,31 @@ def test_the_pipeline_reaches_torch_only_through_the_engine() -> None:
             tops = {name.split(".")[0] for name in named}
             if module not in (
                 "supir_batch.engine",
+                "supir_batch.models",
+                "supir_batch.captioner",
                 "supir_batch.demo",
-            ):  # the demo degrades photographs as training does
+            ):  # models converts and checks weights; the demo degrades photographs as training does
                 assert not tops & {"torch", "diffusers", "transformers"}, module
                 assert not {n for n in named if n.startswith("supir_model")} - {
                     "supir_model.config",
                     "supir_model.errors",
+                    "supir_model.folder",
                 }, module
 
 
 def test_the_command_line_starts_light() -> None:
-    heavy = ["torch", "ray", "pyvips", "diffusers", "transformers", "pyarrow", "pyexiv2", "tifffile", "fsspec"]
+    heavy = [
+        "torch",
+        "ray",
+        "pyvips",
+        "diffusers",
+        "transformers",
+        "pyarrow",
+        "pyexiv2",
+        "tifffile",
+        "fsspec",
+        "huggingface_hub",
+    ]
     code = f"import sys, supir_batch.cli; print(*[name for name in {heavy!r} if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert ran.stdout.strip() == ""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import struct
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import tifffile
 from PIL import Image, ImageOps
 
 from supir_batch import color
-from supir_batch.decode import DecodedTile, decode
+from supir_batch.decode import DecodedTile, decode, preview
 from supir_batch.types import Job, Outcome
 
 MakeJob = Callable[..., Job]
@@ -29,7 +30,7 @@ def _failed(job: Job) -> str:
     assert tile.ticket.failure is not None
     assert tile.ticket.failure.stage == "decode"
     assert tile.ticket.failure.message.startswith(f"list.csv:2: {job.source.uri}: ")
-    assert tile.pixels.size == tile.alpha.size == tile.preview.size == 0
+    assert tile.pixels.size == tile.alpha.size == 0
     return tile.ticket.failure.kind
 
 
@@ -127,9 +128,43 @@ def test_a_profile_that_does_not_fit_is_noted(tmp_path: Path, make_job: MakeJob)
 def test_the_preview_shows_the_whole_image_at_most_512_wide(tmp_path: Path, make_job: MakeJob) -> None:
     path = tmp_path / "a.png"
     Image.new("L", (1000, 300), 128).save(path)
-    tiles = list(decode(make_job(path, max_pixels=400 * 400), 16))
+    assert preview(make_job(path)).pixels.shape == (154, 512, 3)
+
+
+def test_tiles_carry_on_the_caption_of_the_preview(tmp_path: Path, make_job: MakeJob) -> None:
+    path = tmp_path / "a.png"
+    Image.new("L", (1000, 300), 128).save(path)
+    job = make_job(path, max_pixels=400 * 400)
+    seen = dataclasses.replace(preview(job).ticket, caption="a wall")
+    tiles = list(decode(job, 16, seen))
     assert len(tiles) > 1
-    assert all(tile.preview.shape == (154, 512, 3) for tile in tiles)
+    assert {tile.ticket.caption for tile in tiles} == {"a wall"}
+    assert {tile.ticket.fingerprint for tile in tiles} == {seen.fingerprint}
+    assert {tile.ticket.started_at for tile in tiles} == {seen.started_at}
+    assert [record.stage for record in tiles[0].ticket.records] == ["decode", "decode"]
+
+
+def test_a_file_that_changes_between_captioning_and_restoring_fails(tmp_path: Path, make_job: MakeJob) -> None:
+    path = tmp_path / "a.png"
+    Image.new("L", (10, 10), 128).save(path)
+    job = make_job(path)
+    seen = preview(job).ticket
+    Image.new("L", (10, 10), 200).save(path)
+    (tile,) = decode(job, 16, seen)
+    assert tile.ticket.failure is not None
+    assert tile.ticket.failure.kind == "changed"
+
+
+def test_a_preview_fails_as_the_image_would_and_its_tiles_pass_that_on(tmp_path: Path, make_job: MakeJob) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"no image")
+    job = make_job(path)
+    seen = preview(job)
+    assert seen.pixels.size == 0
+    assert seen.ticket.failure is not None
+    (tile,) = decode(job, 16, seen.ticket)
+    assert tile.ticket == seen.ticket
+    assert tile.pixels.size == 0
 
 
 def test_a_large_image_is_cut_at_multiples_of_the_alignment(

@@ -13,10 +13,10 @@ from supir_batch.engine import (
     alignment,
     full_prompt,
     load_engine,
-    model_sha256,
     sampling_of,
 )
-from supir_batch.types import FloatImage, Job, TileBox, TileTicket
+from supir_batch.model_folder import model_sha256
+from supir_batch.types import FloatImage, Job, ModelRef, TileBox, TileTicket
 from supir_model.config import TINY
 
 MakeJob = Callable[..., Job]
@@ -34,7 +34,7 @@ SUPIR = {
 
 @pytest.fixture(scope="module")
 def engine() -> SupirEngine:
-    return SupirEngine("tiny", "cpu")
+    return SupirEngine(ModelRef("tiny", TINY), "cpu")
 
 
 def tile(seed: int, height: int = 24, width: int = 32) -> FloatImage:
@@ -46,12 +46,11 @@ def ticket(make_job: MakeJob, tmp_path: Path, seed: int = 0, **settings: object)
     return TileTicket(job, box=TileBox(0, 1, 0, 0, 32, 24), seed=seed, prompt="a photograph")
 
 
-def test_the_settings_choose_the_engine(make_job: MakeJob, tmp_path: Path) -> None:
-    plain = make_job(tmp_path / "a.png").settings
+def test_the_model_of_a_job_chooses_the_engine(make_job: MakeJob, tmp_path: Path) -> None:
+    plain = make_job(tmp_path / "a.png").model
     assert isinstance(load_engine(plain, "cpu"), LanczosEngine)
     assert alignment(plain) == 1
-    supir = make_job(tmp_path / "a.png", **SUPIR).settings
-    assert alignment(supir) == TINY.alignment
+    assert alignment(ModelRef("tiny", TINY)) == TINY.alignment
 
 
 def test_lanczos_returns_what_the_decoder_resampled(make_job: MakeJob, tmp_path: Path) -> None:
@@ -69,14 +68,6 @@ def test_supir_keeps_shape_range_and_order(engine: SupirEngine, make_job: MakeJo
         assert restored.dtype == np.float32
         assert 0 <= restored.min() <= restored.max() <= 1
         assert np.array_equal(engine.restore([one], [pixels])[0], restored)
-
-
-def test_captions_come_from_the_robust_view_and_name_the_material(
-    engine: SupirEngine, make_job: MakeJob, tmp_path: Path
-) -> None:
-    grey = np.repeat(tile(1)[..., :1], 3, axis=2)
-    assert "photograph" in engine.caption(ticket(make_job, tmp_path), grey)
-    assert "drawing" in engine.caption(ticket(make_job, tmp_path, material="drawing"), grey)
 
 
 def test_every_sampling_setting_reaches_the_model(make_job: MakeJob, tmp_path: Path) -> None:

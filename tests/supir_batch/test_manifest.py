@@ -194,3 +194,15 @@ def test_a_place_outside_the_list_keeps_its_whole_path(folder: Path, tmp_path: P
         f"{folder}/a.png".lstrip("/"),
         f"{folder}/b.tif".lstrip("/"),
     ]
+
+
+def test_a_row_may_say_its_place_below_the_output(folder: Path) -> None:
+    path = write_list(folder, [{"uri": "b.tif", "relative": "box 1/b.tif"}, {"uri": "a.png"}], "csv")
+    assert [source.relative for source in listed(path).sources] == ["box 1/b.tif", "a.png"]
+    assert listed(path).sources[0].id == "box 1/b.tif"
+
+
+@pytest.mark.parametrize("place", ["/b.tif", "../b.tif", "x/../../b.tif", "s3://bucket/b.tif"])
+def test_a_place_outside_the_output_is_refused(folder: Path, place: str) -> None:
+    path = write_list(folder, [{"uri": "b.tif", "relative": place}], "csv")
+    assert f"list.csv:2: relative '{place}'" in refusal(path)

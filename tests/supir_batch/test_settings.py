@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from supir_batch.settings import (
 )
 from supir_batch.types import Settings, Source
 from supir_model.config import MODELS
+from supir_model.folder import Description, to_text
 
 MINIMAL = "inputs: photos\noutput: {uri: restored}\n"
 SOURCE = Source(id="a.tif", uri="/p/a.tif", origin="/p", relative="a.tif", version="1-1", size=1)
@@ -31,6 +33,15 @@ def load(tmp_path: Path, text: str, overrides: dict[str, str] | None = None, **e
     path = tmp_path / "m.yaml"
     path.write_text(text)
     return load_manifest(str(path), overrides, environ)
+
+
+def model_folder(tmp_path: Path, name: str) -> str:
+    """What planning reads of a converted model: a folder with its description; its name beside the manifest."""
+    if name == "tiny":
+        return name
+    (tmp_path / name).mkdir(exist_ok=True)
+    (tmp_path / name / "config.json").write_text(to_text(Description(1, MODELS[name], ())))
+    return name
 
 
 def refusal(tmp_path: Path, text: str, overrides: dict[str, str] | None = None, **environ: str) -> list[str]:
@@ -72,8 +83,10 @@ def test_a_folder_with_brackets_is_not_a_pattern(tmp_path: Path) -> None:
         ("engine: {steps: many}", "m.yaml: engine.steps: must be an integer, saw 'many'"),
         ("engine: {steps: true}", "m.yaml: engine.steps: must be an integer, saw True"),
         ("engine: {upscale: .nan}", "m.yaml: engine.upscale:"),
-        ("engine: {weights: v0}", "m.yaml: engine.weights: 'v0' names no known model; choose one of tiny, v0Q, v0F"),
-        ("engine: {weights: v0F}", "m.yaml: engine: weights 'v0F' may be used under the license 'supir-noncommercial'"),
+        ("engine: {weights: v0}", "m.yaml: engine: weights 'v0' name no model (v0/config.json: does not exist)"),
+        ("engine: {weights: v0F}", "m.yaml: engine: weights 'v0F' are not in the package: convert their files"),
+        ("caption: {material: photo}", "m.yaml: caption.material: must be 'photograph', 'painting', 'drawing'"),
+        ("caption: {prompts: model}", "m.yaml: caption.prompts: must be 'material' or 'release', saw 'model'"),
         ("engine: {restoration_tau: x}", "m.yaml: engine.restoration_tau: must be a number or 'off', saw 'x'"),
         ("engine: 3", "m.yaml: engine: is a section; write 'key: value' lines below it, saw 3"),
         ("caption: {mode: fixed}", "m.yaml: caption: mode 'fixed' needs 'text'"),
@@ -168,12 +181,105 @@ def test_explain_tells_what_resolve_uses(tmp_path: Path) -> None:
 @pytest.mark.parametrize("weights", list(MODELS))
 @pytest.mark.parametrize("preset", ["fidelity", "quality"])
 def test_presets_fill_what_is_left_open(tmp_path: Path, weights: str, preset: str) -> None:
-    text = f"{MINIMAL}engine: {{weights: {weights}, preset: {preset}, accept_license: supir-noncommercial}}\n"
+    named = model_folder(tmp_path, weights)
+    text = f"{MINIMAL}engine: {{weights: {named}, preset: {preset}, accept_license: supir-noncommercial}}\n"
     settings = resolve(load(tmp_path, text), SOURCE, "hash")
+    assert settings.weights == weights
     for key, value in dataclasses.asdict(MODELS[weights].presets[preset]).items():
         assert getattr(settings, key) == value
     assert settings.accepted_license == (None if weights == "tiny" else "supir-noncommercial")
-    assert settings.negative_prompt == MODELS[weights].negative_prompt
+    assert settings.negative_prompt == MODELS[weights].prompts_for("photograph").negative
+
+
+def test_a_restricted_model_needs_its_license_by_name(tmp_path: Path) -> None:
+    engine = f"engine: {{weights: {model_folder(tmp_path, 'v0F')}"
+    expected = "m.yaml: engine: weights 'v0F' may be used under the license 'supir-noncommercial' only"
+    assert refusal(tmp_path, f"{MINIMAL}{engine}}}\n")[0].startswith(expected)
+    assert refusal(tmp_path, f"{MINIMAL}{engine}, accept_license: mit}}\n")[0].startswith(expected)
+    assert load(tmp_path, f"{MINIMAL}{engine}, accept_license: supir-noncommercial}}\n").engine.config == MODELS["v0F"]
+
+
+def test_where_a_model_lies_is_not_part_of_the_settings(tmp_path: Path) -> None:
+    found = set()
+    for place in ("a", "b/c"):
+        (tmp_path / place).mkdir(parents=True)
+        model_folder(tmp_path / place, "v0Q")
+        (tmp_path / place / "in").mkdir()
+        text = f"{MINIMAL}engine: {{weights: v0Q, accept_license: supir-noncommercial}}\n"
+        manifest = load(tmp_path / place, text)
+        assert manifest.engine.weights == str(tmp_path / place / "v0Q")
+        found.add(resolve(manifest, SOURCE, "hash"))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(("key", "value"), [("window", '"x"'), ("license", "3"), ("surprise", "1")])
+def test_a_damaged_description_of_a_model_is_said_with_its_key(tmp_path: Path, key: str, value: str) -> None:
+    path = tmp_path / model_folder(tmp_path, "v0Q") / "config.json"
+    data = json.loads(path.read_text())
+    data["model"][key] = json.loads(value)
+    path.write_text(json.dumps(data))
+    (line,) = refusal(tmp_path, f"{MINIMAL}engine: {{weights: v0Q}}\n")
+    assert line.startswith("m.yaml: engine: weights 'v0Q': v0Q/config.json: model")
+    assert key in line
+
+
+# --- prompts per material ------------------------------------------------------------------------------------------
+
+MATERIALS = ("photograph", "painting", "drawing", "document", "map")
+
+
+def prompts(tmp_path: Path, caption: str, **row: str) -> tuple[str, str, str]:
+    """Material, positive suffix and negative prompt that would be used and logged."""
+    engine = f"engine: {{weights: {model_folder(tmp_path, 'v0Q')}, accept_license: supir-noncommercial}}"
+    manifest = load(tmp_path, f"{MINIMAL}{engine}\ncaption: {{{caption}}}\n")
+    settings = resolve(manifest, dataclasses.replace(SOURCE, **row), "hash")  # type: ignore[arg-type]
+    return settings.material, settings.positive_prompt, settings.negative_prompt
+
+
+def test_every_material_has_prompts_of_its_own_which_do_not_fight_it(tmp_path: Path) -> None:
+    found = {material: prompts(tmp_path, f"material: {material}") for material in MATERIALS}
+    assert {used for used, _, _ in found.values()} == set(MATERIALS)
+    assert len({positive for _, positive, _ in found.values()}) == len(MATERIALS)
+    for material, (_, positive, negative) in found.items():
+        assert material in positive
+        assert material not in negative
+        for word in ("frame", "signature", "watermark", "sketch", "art,"):  # what belongs to an original
+            assert word not in negative
+
+
+def test_the_default_is_photograph_and_a_row_wins(tmp_path: Path) -> None:
+    assert prompts(tmp_path, "") == prompts(tmp_path, "material: photograph")
+    assert prompts(tmp_path, "", material="map") == prompts(tmp_path, "material: map")
+    assert prompts(tmp_path, "material: map", material="drawing") == prompts(tmp_path, "material: drawing")
+
+
+def test_the_prompts_of_the_release_by_name(tmp_path: Path) -> None:
+    for material in MATERIALS:
+        used, positive, negative = prompts(tmp_path, f"prompts: release, material: {material}")
+        assert used == material
+        assert (positive, negative) == (MODELS["v0Q"].positive_prompt, MODELS["v0Q"].negative_prompt)
+
+
+def test_a_written_prompt_wins_over_both(tmp_path: Path) -> None:
+    assert prompts(tmp_path, "positive_prompt: p, prompts: release, material: map")[1] == "p"
+    assert prompts(tmp_path, "negative_prompt: n, material: map")[1:] == (prompts(tmp_path, "material: map")[1], "n")
+    assert prompts(tmp_path, "negative_prompt: n", negative_prompt="row")[2] == "row"
+
+
+def test_a_model_without_prompts_for_materials_keeps_its_own(tmp_path: Path) -> None:
+    settings = resolve(load(tmp_path, f"{MINIMAL}caption: {{material: painting}}\n"), SOURCE, "hash")
+    assert (settings.positive_prompt, settings.negative_prompt) == dataclasses.astuple(MODELS["tiny"].release_prompts)
+
+
+def test_explain_says_where_prompts_are_from(tmp_path: Path) -> None:
+    engine = f"engine: {{weights: {model_folder(tmp_path, 'v0Q')}, accept_license: supir-noncommercial}}"
+    origins = {
+        caption: {e.key: e for e in explain(load(tmp_path, f"{MINIMAL}{engine}\ncaption: {{{caption}}}\n"))}
+        for caption in ("material: map", "prompts: release")
+    }
+    by_material = origins["material: map"]["caption.negative_prompt"]
+    assert (by_material.value, by_material.origin) == (prompts(tmp_path, "material: map")[2], "prompts for map of v0Q")
+    assert origins["prompts: release"]["caption.negative_prompt"].origin == "prompts of the release of v0Q"
 
 
 def test_a_row_wins_over_the_manifest(tmp_path: Path) -> None:
@@ -235,11 +341,15 @@ def test_the_hash_stays_what_it_was() -> None:
         engine="supir", engine_name="supir-tiny", model_sha256="ab", weights="tiny", preset="fidelity", steps=10,
         cfg_start=1.0, cfg_end=1.5, control_scale=1.0, restoration_tau=None, churn=0.0, noise=1.003,
         color_fix="wavelet", upscale=2.0, min_size=0, window=128, stride=96, max_pixels=4194304, overlap=128,
-        caption_mode="none", prompt="é", prompt_source="none", positive_prompt="", negative_prompt="", material="",
+        geometry="pad", vae_tiling="off", vae_tile=0,
+        caption_mode="none", prompt="é", prompt_source="none", positive_prompt="", negative_prompt="",
+        captioner="", captioner_identity="", caption_question="", caption_template="",
+        caption_max_new_tokens=0, caption_temperature=0.0, caption_top_p=0.0, caption_precision="",
+        caption_quantization="", material="",
         run_seed=0, seed=None, format="source", bit_depth=None, notice="n", operator=None, organization=None,
         accepted_license=None,
     )  # fmt: skip
-    assert settings_hash(fixed) == "827d647c03a2c42b7042fe8738bef6aca41a08c9b688400f8d82ecc613ee58df"
+    assert settings_hash(fixed) == "2d1cd406c00ecd4977d795414d2f040204123b10ea3412ea3484d10d8dbf6549"
 
 
 def test_fingerprint_depends_on_both() -> None:
@@ -264,3 +374,59 @@ def test_any_text_is_a_manifest_or_a_manifest_error(tmp_path_factory: pytest.Tem
     path.write_text(text, encoding="utf-8", errors="surrogatepass", newline="")
     with contextlib.suppress(ManifestError):
         load_manifest(str(path), {}, {})
+
+
+LLAVA = f"{MINIMAL}caption: {{mode: llava, model: ./models/tiny-llava}}\n"
+
+
+def test_all_that_shapes_a_caption_is_in_the_settings(tmp_path: Path) -> None:
+    settings = resolve(load(tmp_path, LLAVA), SOURCE, "hash", None, "sha256:1")
+    assert (settings.prompt, settings.prompt_source) == (None, "llava")
+    assert (settings.captioner, settings.captioner_identity) == ("tiny-llava", "sha256:1")
+    assert "this photograph" in settings.caption_question
+    assert (
+        "this map" in resolve(load(tmp_path, LLAVA), dataclasses.replace(SOURCE, material="map"), "").caption_question
+    )
+    paintings = load(tmp_path, LLAVA, {"caption.material": "painting"})
+    assert "this painting" in resolve(paintings, SOURCE, "").caption_question
+    hashes = {settings_hash(settings), settings_hash(resolve(load(tmp_path, LLAVA), SOURCE, "hash", None, "sha256:2"))}
+    for key, value in {
+        "question": "Why?", "template": "{image} {question}", "max_new_tokens": 9, "temperature": 0.2,
+        "precision": "float32", "quantization": "8bit",
+    }.items():  # fmt: skip
+        changed = load(tmp_path, LLAVA, {f"caption.{key}": str(value)})
+        hashes.add(settings_hash(resolve(changed, SOURCE, "hash", None, "sha256:1")))
+    assert len(hashes) == 8
+
+
+def test_an_image_with_a_prompt_does_not_depend_on_the_captioner(tmp_path: Path) -> None:
+    row = dataclasses.replace(SOURCE, prompt="a boat")
+    hashes = {settings_hash(resolve(load(tmp_path, LLAVA), row, "", None, identity)) for identity in ("1", "2")}
+    assert len(hashes) == 1
+
+
+def test_a_captioners_folder_counts_from_the_manifest(tmp_path: Path) -> None:
+    assert load(tmp_path, LLAVA).caption.model == str(tmp_path / "models/tiny-llava")
+    hub = load(tmp_path, f"{MINIMAL}caption: {{mode: llava, model: llava-hf/llava-1.5-7b-hf, revision: main}}\n")
+    assert hub.caption.model == "llava-hf/llava-1.5-7b-hf"
+
+
+@pytest.mark.parametrize(
+    ("caption", "message"),
+    [
+        ("mode: llava", "caption: mode 'llava' needs 'model'"),
+        ("mode: llava, model: models", "caption.model: 'models' is neither a hub id (owner/name) nor a folder"),
+        ("mode: llava, model: ./m, revision: main", "caption: 'revision' is only used with a model of the hub"),
+        ("mode: llava, model: ./m, template: 'Say {question}'", "must contain {image} and {question} once each"),
+        ("mode: llava, model: ./m, quantization: 2bit", "caption.quantization: must be 'none', '8bit' or '4bit'"),
+    ],
+)
+def test_a_captioner_that_cannot_be_meant(tmp_path: Path, caption: str, message: str) -> None:
+    with pytest.raises(ManifestError) as caught:
+        load(tmp_path, f"{MINIMAL}caption: {{{caption}}}\n")
+    assert message in str(caught.value)
+
+
+def test_explain_says_who_uses_the_captioners_keys(tmp_path: Path) -> None:
+    assert ("caption.question", None, "only used by caption.mode llava") in explain(load(tmp_path, MINIMAL))
+    assert ("caption.max_new_tokens", 128, "default") in explain(load(tmp_path, LLAVA))

@@ -10,6 +10,9 @@ import gzip
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,16 +20,20 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from supir_batch import released
+from supir_model import folder as model_folder
 from supir_model import model, weights
 from supir_model.checkpoint_keys import IGNORED, from_released, origin, to_released
 from supir_model.color import adain, decompose, wavelet
 from supir_model.config import MODELS, V0Q, ControlConfig, ModelConfig, TextConfig, TowerConfig, UNetConfig, VAEConfig
 from supir_model.control import ControlEncoder
+from supir_model.convert import convert
 from supir_model.denoiser import (
     denoise,
     guide,
@@ -49,6 +56,7 @@ from supir_model.sampler import (
 from supir_model.text import SDXLTextEncoder, Words, sinusoid
 from supir_model.unet import ControlledUNet, build_sdxl_unet, embed
 from supir_model.vae import RobustVAE
+from supir_model.vae_tiling import Box, VAETiling, released_tiles, run_decoder, run_encoder
 from supir_model.zero_sft import ZeroCrossAttn, ZeroSFT
 
 # One float32 rounding of a frequency near 1 moves t * frequency by up to 6e-5 at t = 1024, and exp() of two processors
@@ -81,13 +89,6 @@ class Case:
         return found
 
 
-_NOT_COVERED = {
-    "bf16_quirk": "latents, sigmas and steps are float32 here, so the release's bfloat16 sigmas are not reproduced",
-    "image_io": "reading and resizing images as the release does (squash to multiples of 64) is not built",
-    "sizes": "the release's size rules (squash to multiples of 64 or 32) are not built; the model pads and crops",
-}
-
-
 # What a file is follows from what it says, never from its name: the first that applies.
 _BY_FACTS: dict[str, Callable[[Json], bool]] = {
     "windows": lambda facts: isinstance(facts, list),
@@ -97,6 +98,8 @@ _BY_FACTS: dict[str, Callable[[Json], bool]] = {
     "net": lambda facts: "control" in facts.get("config", {}),
     "conditioning": lambda facts: "cond_prompts" in facts,
     "e2e": lambda facts: "runs" in facts,
+    "bf16": lambda facts: "first_call_dtypes" in facts,
+    "sizes": lambda facts: "PIL2Tensor" in facts,
     "sampler": lambda facts: all(isinstance(v, dict) and "sampler" in v for v in facts.values()),
     "weight_rule": lambda facts: all(isinstance(v, dict) and "crc32" in v for v in facts.values()),
     "not_covered": lambda facts: True,
@@ -104,6 +107,7 @@ _BY_FACTS: dict[str, Callable[[Json], bool]] = {
 _BY_NAMES: dict[str, Callable[[Tensors], bool]] = {
     "denoiser": lambda tensors: "sigmas_table_1000" in tensors,
     "color": lambda tensors: "wavelet" in tensors,
+    "image_io": lambda tensors: "img_hwc_u8" in tensors,
     "window_weights": lambda tensors: all(name.startswith("gaussian_") for name in tensors),
     "not_covered": lambda tensors: True,
 }
@@ -193,7 +197,7 @@ def test_vectors(case: Case | None, request: pytest.FixtureRequest) -> None:
             "color fixes and key names are not compared with the released program; give the folder with --vectors"
         )
     if case.kind == "not_covered":
-        pytest.skip(f"{case.stem} is not compared: {_NOT_COVERED.get(case.stem, 'nothing here knows this file')}")
+        pytest.skip(f"{case.stem} is not compared: nothing here knows this file")
     measure = Measure(_name(case))
     _CHECKS[case.kind](case, measure)
     for (name, quantity), (got, allowed) in _measured.items():
@@ -446,15 +450,75 @@ def check_vae(case: Case, measure: Measure) -> None:
 
 
 def check_vae_tiled(case: Case, measure: Measure) -> None:
-    """Only the untiled results: the release's tiled VAE approximates the plain one and is not built."""
-    config = replace(V0Q, vae=vae_config(case.facts["ddconfig"], 1.0))
+    facts, t, tolerance = case.facts, case.tensors, 1e-4
+    config = replace(V0Q, vae=vae_config(facts["ddconfig"], 1.0))
     with torch.device("meta"):
         vae = RobustVAE(config.vae)
     module = nn.ModuleDict({"vae": vae})
     fill(module, released_shapes(module, config), config)
+    factor, tile = config.vae.factor, facts["encoder_tile"]
+    image, z, decoder = t["image"], t["decoder_in"], vae.autoencoder.decoder
+    for mode in ("off", "exact"):
+        encoded = run_encoder(vae.encoder, image, VAETiling(mode, tile), factor)
+        measure.close(f"encoder, {mode}", encoded, t["encoder_untiled_h"], tolerance)
+        decoded = run_decoder(decoder, z, VAETiling(mode, facts["decoder_tile"] * factor), factor)
+        measure.close(f"decoder, {mode}", decoded, t["decoder_untiled"], tolerance)
+    encoded = run_encoder(vae.encoder, image, VAETiling("released", tile), factor)
+    measure.close("encoder, released", encoded, t["encoder_tiled_h"], tolerance)
+    decoded = run_decoder(decoder, z, VAETiling("released", facts["decoder_tile"] * factor), factor)
+    measure.close("decoder, released", decoded, t["decoder_tiled"], tolerance)
+
+    for table in facts["split_tables"]:
+        tiles = released_tiles(table["h"], table["w"], table["tile"], table["pad"])
+        scaled = [tile.enlarged(factor) if table["decoder"] else tile.reduced(factor) for tile in tiles]
+        measure.equal("tiled or not", bool(tiles), table["tiled"])
+        measure.equal("boxes", [corners(tile.read) for tile in tiles], table.get("in_bboxes") or [])
+        measure.equal("boxes", [corners(tile.keep) for tile in scaled], table.get("out_bboxes") or [])
+
+
+def corners(box: Box) -> list[int]:
+    """As recorded: x1, x2, y1, y2."""
+    return [box.left, box.right, box.top, box.bottom]
+
+
+# --- sizes and pixels ----------------------------------------------------------------------------------------------
+
+
+def check_sizes(case: Case, measure: Measure) -> None:
+    for facts in case.facts["PIL2Tensor"]:
+        found = released.sizes(facts["w"], facts["h"], facts["upscale"], facts["min_size"], shorter=facts["fix_resize"])
+        measure.equal("work sizes", found.work, (facts["tensor_w"], facts["tensor_h"]))
+        measure.equal("output sizes", found.output, (facts["w0"], facts["h0"]))
+    for group, listed in case.facts.items():
+        # the demo program: the same rule with another unit
+        if match := re.fullmatch(r"gradio_unit(\d+)", group):
+            for facts in listed:
+                width, height = facts["w"], facts["h"]
+                work = released.sizes(width, height, facts["upscale"], facts["min_size"], unit=int(match[1])).work
+                measure.equal("demo's work sizes", list(work[::-1]), facts["upscale_image_hw"])
+                for name, wanted in facts.items():
+                    if fixed := re.fullmatch(r"fix_resize(\d+)_hw", name):
+                        work = released.sizes(width, height, 1, 0, shorter=int(fixed[1])).work
+                        measure.equal("demo's caption sizes", list(work[::-1]), wanted)
+
+
+def check_image_io(case: Case, measure: Measure) -> None:
+    """Not the demo program's own resizing (OpenCV), of which nothing here makes use, but for its sizes."""
     t = case.tensors
-    measure.close("untiled encoder", vae.encoder(t["image"]), t["encoder_untiled_h"], 1e-4)
-    measure.close("untiled decoder", vae.autoencoder.decoder(t["decoder_in"]), t["decoder_untiled"], 1e-4)
+    image = t["img_hwc_u8"].numpy().astype(np.float32) / np.float32(255)
+    height, width = image.shape[:2]
+    for name in t:
+        if not (match := re.fullmatch(r"up([\d.]+)_min(\d+)_fix(\d+|None)_tensor", name)):
+            continue
+        shorter = None if match[3] == "None" else int(match[3])
+        found = released.sizes(width, height, float(match[1]), int(match[2]), shorter)
+        run = name.removesuffix("_tensor")
+        measure.equal("output size", list(found.output[::-1]), t[f"{run}_h0w0"].tolist())
+        read = torch.from_numpy(released.to_work(image, *found.work)).permute(2, 0, 1) * 2 - 1
+        measure.close("image read", read, t[name], 1e-6)
+        pixels = (t[f"{run}_t2p_in"].permute(1, 2, 0).numpy() + 1) / 2
+        written = torch.from_numpy(released.to_output(pixels, *found.output))
+        measure.close("image written, levels", written, t[f"{run}_t2p_out_u8"], 1)
 
 
 # --- samplers ------------------------------------------------------------------------------------------------------
@@ -544,6 +608,50 @@ def check_sampler(case: Case, measure: Measure) -> None:
     sigmas, scales = zip(*calls, strict=True)
     measure.close("sigma of calls", torch.tensor(sigmas), t["call_sigma"], 0, 1e-6)
     measure.close("control_scale of calls", torch.tensor(scales), t["call_control_scale"], 1e-6, 1e-6)
+
+
+def check_bf16(case: Case, measure: Measure) -> None:
+    """One run from a bfloat16 latent, whose sigmas became bfloat16; indices of both paths."""
+    facts, t = case.facts, case.tensors
+    x_center, control, guider = t["x_center"], t["control"], facts["guider"]
+    cond = Prompt(
+        torch.cat([t["uc_crossattn"], t["c_crossattn"]]),
+        torch.cat([t["uc_vector"], t["c_vector"]]),
+        control.repeat(2, 1, 1, 1),
+    )
+    calls: list[Tensor] = []
+
+    def guided(x: Tensor, sigma: Tensor, scale: Tensor, _windows: Sequence[Window]) -> Tensor:
+        calls.append(sigma[:1])
+        both, sigmas, scales = x.repeat(2, 1, 1, 1), sigma.repeat(2), scale.repeat(2)
+        denoised = denoise(lambda a, b, c: analytic_network(a, b, cond, c), "epsilon", both, sigmas, scales)
+        return guide(denoised, linear_cfg(guider["scale"], guider["scale_min"], sigma))
+
+    def noise(item: int, draw: int) -> Tensor:
+        drawn: Tensor = t["x_T_noise_bf16"][item] if draw == 0 else t["noise"][draw - 1, item]
+        return drawn.float()
+
+    exact = EDMSettings(
+        steps=facts["num_steps"],
+        restoration_tau=facts["restore_cfg"] if facts["restore_cfg"] > 0 else None,
+        churn=facts["s_churn"],
+        noise=facts["s_noise"],
+    )
+    rounded = replace(exact, bfloat16_sigmas=True)
+    centers = [center.float() for center in x_center]
+    sigmas = legacy_sigmas(facts["num_steps"])
+    measure.close("sigmas", sigmas, t["sigmas_fp32"].float(), 0, 1e-6)
+    measure.equal("sigmas in bfloat16", sigmas.bfloat16().tolist(), t["sigmas_as_bf16"].tolist())
+
+    *_, (latent,) = trajectory(guided, centers, noise, rounded)
+    seen = torch.cat(calls)
+    measure.equal("sigma of calls", seen.tolist(), t["sigma_hat_seen_by_denoiser"].tolist())
+    measure.equal("timesteps in bfloat16", nearest_timestep(seen).tolist(), t["idx_bf16_path"].tolist())
+    measure.close("last latent", latent[None], t["x_final"].float(), 1e-2)
+    calls.clear()
+    for _ in trajectory(guided, centers, noise, exact):
+        pass
+    measure.equal("timesteps in float32", nearest_timestep(torch.cat(calls)).tolist(), t["idx_fp32_path"].tolist())
 
 
 def sampler_settings(facts: Json, window: int) -> SamplerSettings:
@@ -751,20 +859,29 @@ class ReplayingModel(model.SupirModel):
         return noise
 
 
-def check_e2e(case: Case, measure: Measure) -> None:
-    facts, run = case.facts, case.facts["run"]
-    t = {key.removeprefix(f"{run}_"): value for key, value in case.tensors.items() if key.startswith(f"{run}_")}
-    config = replace(
+def e2e_config(case: Case) -> ModelConfig:
+    facts = case.facts
+    return replace(
         V0Q,
         unet=unet_config(facts["net"]),
         control=control_config(facts["net"]),
         vae=vae_config(facts["vae_ddconfig"], V0Q.vae.scale),
         text=text_config(facts["text_config"], case.keys),
     )
+
+
+def check_e2e(case: Case, measure: Measure) -> None:
+    config = e2e_config(case)
     networks = build_on_meta(config)
     fill(networks, case.keys, config)
+    compare_e2e(case, measure, ReplayingModel(networks, config, torch.device("cpu")))
+
+
+def compare_e2e(case: Case, measure: Measure, supir: ReplayingModel) -> None:
+    """Restore the recorded image with the recorded noise and tokens; compare every recorded step."""
+    facts, run, networks = case.facts, case.facts["run"], supir.networks
+    t = {key.removeprefix(f"{run}_"): value for key, value in case.tensors.items() if key.startswith(f"{run}_")}
     networks.text.words = recorded_words(case.folder)
-    supir = ReplayingModel(networks, config, torch.device("cpu"))
     supir.draws = [t[f"draw{i}"] for i in range(facts["n_draws"])]
 
     (prompt,) = facts["prompts"]
@@ -825,6 +942,140 @@ def e2e_sampling(facts: Json, window: int) -> model.Sampling:
     return model.Sampling(edm, cfg_start, cfg_end, arguments["color_fix_type"].lower())
 
 
+# --- published files -----------------------------------------------------------------------------------------------
+
+_SUPIR_PREFIXES = (
+    "model.control_model.",
+    "model.diffusion_model.project_modules.",
+    "first_stage_model.denoise_encoder.",
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """The recorded models' weights in files, laid out as SDXL and SUPIR publish theirs."""
+
+    config: ModelConfig
+    base: dict[str, Tensor]
+    supir: dict[str, Tensor]
+    tokenizer: Path
+
+    def write(self, form: str, folder: Path) -> Path | weights.Checkpoint:
+        """What to give to ``SupirModel.load`` for one form of the files."""
+        base, supir = folder / "sdxl.safetensors", folder / "SUPIR.ckpt"
+        if form == "fp16":
+            save_file({key: value.half() for key, value in self.base.items()}, base)
+            torch.save({key: value.half() for key, value in self.supir.items()}, supir)
+        elif form == "diffusers folder":
+            base = folder / "sdxl"
+            self._write_diffusers(base)
+            torch.save(self.supir, supir)
+        else:
+            save_file(self.base, base)
+            torch.save({"state_dict": self.supir} if form == "wrapped ckpt" else self.supir, supir)
+        if form == "safetensors":
+            supir = folder / "SUPIR.safetensors"
+            save_file(self.supir, supir)
+        checkpoint = weights.Checkpoint(self.config, base, supir, None if base.is_dir() else self.tokenizer)
+        if form == "converted":
+            convert(checkpoint, folder / "model")
+            return folder / "model"
+        return checkpoint
+
+    def _write_diffusers(self, base: Path) -> None:
+        """By the libraries' own writers."""
+        networks = build_on_meta(self.config)
+        state = from_released({**self.base, **self.supir}, networks.state_dict(), self.config)
+        networks.load_state_dict(state, assign=True)
+        vae = networks.vae.autoencoder
+        vae.encoder = networks.vae.encoder
+        vae.save_pretrained(base / "vae")
+        networks.unet.base.save_pretrained(base / "unet")
+        networks.text.clip_l.save_pretrained(base / "text_encoder")
+        networks.text.bigg.save_pretrained(base / "text_encoder_2")
+        shutil.copytree(self.tokenizer, base / "tokenizer")
+
+
+def published(case: Case, folder: Path) -> Published:
+    tokenizer = folder / "clip"
+    tokenizer.mkdir()
+    ends = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}
+    (tokenizer / "vocab.json").write_text(json.dumps(ends))
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
+    every = {key: weight(key, shape) for key, shape in case.keys.items()}
+    supir = {key: value for key, value in every.items() if key.startswith(_SUPIR_PREFIXES)}
+    base = {key: value for key, value in every.items() if key not in supir}
+    supir["model.control_model.mask_LQ"] = torch.zeros(1, 4, 64, 64)
+    base["denoiser.sigmas"] = sigma_table().clone()
+    return Published(e2e_config(case), base, supir, tokenizer)
+
+
+def whole_model_cases(request: pytest.FixtureRequest) -> list[Case]:
+    folder = request.config.getoption("--vectors")
+    cases = [case for case in find_cases(folder) if case.kind == "e2e"] if folder.is_dir() else []
+    if not cases:
+        pytest.skip(f"no recorded whole model in {folder}: loading published files is not compared; use --vectors")
+    return cases
+
+
+@pytest.mark.parametrize("form", ["ckpt", "wrapped ckpt", "safetensors", "diffusers folder", "converted"])
+@torch.inference_mode()
+def test_published_files_give_the_recorded_images(form: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    cases = whole_model_cases(request)
+    supir = ReplayingModel.load(published(cases[0], tmp_path).write(form, tmp_path), "cpu")
+    assert supir.networks.text.words("a") == [2]  # the folder's vocabulary; the recorded tokens take its place
+    for case in cases if form in ("ckpt", "safetensors") else cases[:1]:
+        measure = Measure(f"{_name(case)} from {form}")
+        compare_e2e(case, measure, supir)
+        assert not measure.failures, f"{measure.name}: " + "; ".join(measure.failures)
+
+
+def test_half_precision_files_give_the_rounded_weights(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    case = whole_model_cases(request)[0]
+    files = published(case, tmp_path)
+    state = model.SupirModel.load(files.write("fp16", tmp_path), "cpu").networks.state_dict()
+    rounded = {key: value.half().float() for key, value in {**files.base, **files.supir}.items()}
+    wanted = from_released(rounded, state, files.config)
+    assert state.keys() == wanted.keys()
+    assert all(value.dtype == torch.float32 and torch.equal(value, wanted[key]) for key, value in state.items())
+
+
+_LOAD = """
+import sys, torch
+from pathlib import Path
+from supir_model import folder, weights
+from supir_model.model import SupirModel
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+tokenizer, config, base, supir = map(Path, sys.argv[1:])
+config = folder.read_description(config.read_text(), "config").model
+before = peak()
+model = SupirModel.load(weights.Checkpoint(config, base, supir, tokenizer), "cpu")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize(("form", "copies"), [("ckpt", 1.7), ("safetensors", 1.7)])
+def test_loading_holds_little_more_than_one_copy(
+    form: str, copies: float, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    files = published(whole_model_cases(request)[0], tmp_path)
+    checkpoint = files.write(form, tmp_path)
+    assert isinstance(checkpoint, weights.Checkpoint)
+    described = model_folder.to_text(model_folder.Description(model_folder.FORMAT, files.config, ()))
+    (tmp_path / "config.json").write_text(described)
+    arguments = [files.tokenizer, tmp_path / "config.json", checkpoint.base, checkpoint.supir]
+    command = [sys.executable, "-c", _LOAD, *map(str, arguments)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    size = checkpoint.base.stat().st_size + checkpoint.supir.stat().st_size
+    print(f"peak memory {int(ran.stdout) / size:.2f} of the files' {size} bytes")
+    assert int(ran.stdout) < copies * size
+
+
 # --- names and shapes ----------------------------------------------------------------------------------------------
 
 
@@ -860,13 +1111,16 @@ def check_full_keys(case: Case, measure: Measure) -> None:
 
 
 _CHECKS: dict[str, Callable[[Case, Measure], None]] = {
+    "bf16": check_bf16,
     "color": check_color,
     "conditioning": check_conditioning,
     "denoiser": check_denoiser,
     "e2e": check_e2e,
     "full_keys": check_full_keys,
+    "image_io": check_image_io,
     "net": check_net,
     "sampler": check_sampler,
+    "sizes": check_sizes,
     "units": check_units,
     "vae": check_vae,
     "vae_tiled": check_vae_tiled,

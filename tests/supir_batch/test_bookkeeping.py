@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.errors import EngineError, ImageError, StoreError, TransientStoreError
-from supir_batch.stage import Stopwatch, failure_of
 from supir_batch.types import Job, Source, TileTicket
 
 MakeJob = Callable[..., Job]
