@@ -117,17 +117,20 @@ class SupirModel:
             positive = request.window_prompts or (request.prompt,)
             prompts.append(self.networks.text([request.negative_prompt, *positive]))
 
+        # at a guidance scale of 1 the negative prompt has no weight, and its half of the batch is not computed
+        halves = 1 if sampling.cfg_start == sampling.cfg_end == 1 else 2
+
         def guided(x: Tensor, sigma: Tensor, control_scale: Tensor, windows: Sequence[Window]) -> Tensor:
             # row 0 is the negative prompt; then one prompt for all windows, or one for each
-            rows = [[0, 1 + w.index if requests[w.item].window_prompts else 1] for w in windows]
+            rows = [[0, 1 + w.index if requests[w.item].window_prompts else 1][-halves:] for w in windows]
             contexts = [prompts[w.item][0][row] for w, row in zip(windows, rows, strict=True)]
             vectors = [prompts[w.item][1][row] for w, row in zip(windows, rows, strict=True)]
             crops = torch.stack([w.crop(control[w.item]) for w in windows])
             conditioning = Conditioning(
-                # [2, L, C] per window to [unconditional windows; conditional windows]
+                # [halves, L, C] per window to [unconditional windows; conditional windows]
                 context=torch.stack(contexts, dim=1).flatten(0, 1),
                 vector=torch.stack(vectors, dim=1).flatten(0, 1),
-                control_latent=crops.repeat(2, 1, 1, 1),
+                control_latent=crops.repeat(halves, 1, 1, 1),
             )
 
             def network(x_in: Tensor, timestep: Tensor, scale: Tensor) -> Tensor:
@@ -136,10 +139,16 @@ class SupirModel:
                 )
                 return out
 
-            both = denoise(
-                network, self.config.prediction, x.repeat(2, 1, 1, 1), sigma.repeat(2), control_scale.repeat(2)
+            denoised = denoise(
+                network,
+                self.config.prediction,
+                x.repeat(halves, 1, 1, 1),
+                sigma.repeat(halves),
+                control_scale.repeat(halves),
             )
-            return guide(both, linear_cfg(sampling.cfg_start, sampling.cfg_end, sigma))
+            if halves == 1:
+                return denoised
+            return guide(denoised, linear_cfg(sampling.cfg_start, sampling.cfg_end, sigma))
 
         def noise(item: int, draw: int) -> Tensor:
             return self._noise(requests[item], _FIRST_SAMPLER_DRAW + draw, center[item].shape[-2:])

@@ -84,3 +84,12 @@ def test_presets_name_settings_the_sampler_accepts() -> None:
     for preset in TINY.presets.values():
         assert preset.steps >= 1
         assert preset.restoration_tau is None or preset.restoration_tau > 0
+
+
+def test_a_guidance_scale_of_one_ignores_the_negative_prompt_and_is_the_limit_of_guidance(model: SupirModel) -> None:
+    sampler = EDMSettings(steps=2)
+    requests = [Request(picture(32, 32), "a photograph", negative, seed=1) for negative in ("blurry", "")]
+    unguided = [model.restore([request], Sampling(sampler, 1.0, 1.0, "none"))[0] for request in requests]
+    assert torch.equal(unguided[0], unguided[1])
+    almost = model.restore([requests[0]], Sampling(sampler, 1.0, 1.0 + 1e-6, "none"))[0]
+    assert torch.allclose(almost, unguided[0], atol=1e-3)
