@@ -18,6 +18,7 @@ from supir_batch import __version__, driver, runlog, store
 from supir_batch.cli import app
 from supir_batch.errors import TransientStoreError
 from supir_batch.types import Job, Outcome, TileTicket
+from supir_model.config import TINY
 
 
 @pytest.fixture
@@ -101,7 +102,8 @@ def test_plan_says_what_would_be_done_and_writes_nothing(archive: Path) -> None:
 def test_show_config(archive: Path) -> None:
     result = cli("show-config", str(archive / "m.yaml"), "--set", "engine.name=supir", "--set", "engine.steps=7")
     assert "engine.steps = 7  # flag\n" in result.stdout
-    assert "engine.cfg_end = 1.5  # preset fidelity of tiny\n" in result.stdout
+    cfg_end = TINY.presets["fidelity"].cfg_end
+    assert f"engine.cfg_end = {cfg_end}  # preset fidelity of tiny\n" in result.stdout
     data = json.loads(cli("show-config", str(archive / "m.yaml"), "--json").stdout)
     assert {"key": "engine.upscale", "value": 1.0, "origin": "default"} in data
 

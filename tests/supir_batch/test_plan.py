@@ -15,6 +15,7 @@ from supir_batch.errors import ManifestError
 from supir_batch.plan import Plan, make_plan
 from supir_batch.settings import Manifest, load_manifest
 from supir_batch.types import Failure, Job, Outcome, TileTicket
+from supir_model.config import TINY
 
 
 class Archive:
@@ -94,8 +95,10 @@ def test_then_nothing_is_to_do(archive: Archive) -> None:
 def test_a_changed_setting_is_new_work_and_says_so(archive: Archive) -> None:
     archive.did_all(archive.plan(engine={"steps": 10}))
     plan = archive.plan(engine={"steps": 20, "cfg_end": 2.5})
-    assert set(reasons(plan).values()) == {"settings changed: steps: 10 -> 20; cfg_end: 1.5 -> 2.5"}
-    assert plan.changed == {"settings changed: steps: 10 -> 20; cfg_end: 1.5 -> 2.5": 2}
+    before = TINY.presets["fidelity"].cfg_end
+    reason = f"settings changed: steps: 10 -> 20; cfg_end: {before:g} -> 2.5"
+    assert set(reasons(plan).values()) == {reason}
+    assert plan.changed == {reason: 2}
     assert reasons(archive.plan(engine={"steps": 10}, model="other"))["a.tif"] == (
         "settings changed: model_sha256: model -> other"
     )
