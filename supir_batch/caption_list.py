@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from supir_batch import runlog, store
 from supir_batch.captions import CAPTIONS_FOLDER
-from supir_batch.driver import EXIT_DONE, EXIT_SOME_FAILED, EXIT_STOPPED, Stopped, signal_number, signals
+from supir_batch.driver import Stopped, exit_code, signal_number, signals
 from supir_batch.errors import ManifestError
 from supir_batch.plan import Plan
 from supir_batch.progress import progress
@@ -60,11 +60,7 @@ class CaptionSummary:
     @property
     def exit_code(self) -> int:
         """As of a run: 0 all done, 3 some failed, 4 stopped early and resumable, 128 + signal."""
-        if self.stopped_by is not None:
-            return 128 + self.stopped_by
-        if self.error is not None or self.left:
-            return EXIT_STOPPED
-        return EXIT_SOME_FAILED if self.failed else EXIT_DONE
+        return exit_code(self.stopped_by, self.error is not None or self.left > 0, bool(self.failed))
 
 
 def check_target(manifest: Manifest, list_uri: str) -> None:

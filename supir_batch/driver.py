@@ -25,6 +25,15 @@ from supir_batch.types import Outcome, TileTicket
 EXIT_DONE, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_STOPPED = 0, 2, 3, 4
 
 
+def exit_code(stopped_by: int | None, unfinished: bool, some_failed: bool) -> int:
+    """0 all done, 3 some failed, 4 stopped early and resumable, 128 + signal."""
+    if stopped_by is not None:
+        return 128 + stopped_by
+    if unfinished:
+        return EXIT_STOPPED
+    return EXIT_SOME_FAILED if some_failed else EXIT_DONE
+
+
 @dataclass(frozen=True)
 class Summary:
     """How a run ended. ``log_uri`` is empty when there was nothing to do and nothing was written."""
@@ -43,11 +52,7 @@ class Summary:
     @property
     def exit_code(self) -> int:
         """0 all done, 3 some failed, 4 stopped early and resumable, 128 + signal."""
-        if self.stopped_by is not None:
-            return 128 + self.stopped_by
-        if self.error is not None or self.left:
-            return EXIT_STOPPED
-        return EXIT_SOME_FAILED if self.failed else EXIT_DONE
+        return exit_code(self.stopped_by, self.error is not None or self.left > 0, bool(self.failed))
 
 
 class Stopped(BaseException):
