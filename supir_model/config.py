@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Prediction = Literal["epsilon", "v"]
+Prediction = Literal["epsilon", "v", "residual-v"]
 ColorFix = Literal["wavelet", "adain", "none"]
 VAETilingMode = Literal["off", "exact", "released"]
 
@@ -222,7 +222,7 @@ TINY = ModelConfig(
     unet=UNetConfig(8, (48, 96, 128), 1, (0, 0, 1), 32, context_dim=128, vector_dim=128, norm_groups=8),
     control=ControlConfig((0, 0, 1), hidden=32, norm_groups=8, attention_head_dim=32, attention_levels=(2,)),
     text=TextConfig("hashed", 48, (TowerConfig(128, 2, 4),), 1024, size_embedding=0),
-    prediction="v",
+    prediction="residual-v",
     window=128,
     stride=96,
     min_size=0,

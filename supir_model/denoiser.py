@@ -48,19 +48,34 @@ def nearest_timestep(sigma: Tensor) -> Tensor:
     return (sigma[:, None] - table).abs().argmin(dim=1)
 
 
-def denoise(network: Network, prediction: Prediction, x: Tensor, sigma: Tensor, control_scale: Tensor) -> Tensor:
+def denoise(
+    network: Network,
+    prediction: Prediction,
+    x: Tensor,
+    sigma: Tensor,
+    control_scale: Tensor,
+    control_latent: Tensor | None = None,
+) -> Tensor:
     """Estimate of the clean latent behind ``x`` (section 5); sigma selects a table entry, x is not renormalized to it.
 
-    x: [B, C, h, w] float32; sigma, control_scale: [B] float32. ``epsilon``: D = x - q F. ``v``: the variance-preserving
-    velocity (Salimans & Ho 2022, appendix D) in the same variance-exploding coordinates.
+    x, control_latent: [B, C, h, w] float32; sigma, control_scale: [B] float32. ``epsilon``: D = x - q F. ``v``: the
+    variance-preserving velocity (Salimans & Ho 2022, appendix D) in the same variance-exploding coordinates.
+    ``residual-v``: the velocity of the residual to the scaled control latent, so that F = 0 at large noise already
+    answers with what the robust encoder saw.
     """
     timestep = nearest_timestep(sigma)
     q = sigma_table().to(x.device)[timestep][:, None, None, None]
     c_in = (q**2 + 1).rsqrt()
-    out = network(x * c_in, timestep, control_scale[:, None, None, None]).float()
+    scale = control_scale[:, None, None, None]
+    out = network(x * c_in, timestep, scale).float()
+    if prediction == "epsilon":
+        return x - q * out
+    velocity = c_in**2 * x - q * c_in * out
     if prediction == "v":
-        return x * c_in**2 - q * c_in * out
-    return x - q * out
+        return velocity
+    if control_latent is None:
+        raise ValueError("prediction 'residual-v' needs the control latent")
+    return velocity + (1 - c_in**2) * scale * control_latent
 
 
 def linear_cfg(cfg_start: float, cfg_end: float, sigma: Tensor) -> Tensor:

@@ -145,6 +145,7 @@ class SupirModel:
                 x.repeat(halves, 1, 1, 1),
                 sigma.repeat(halves),
                 control_scale.repeat(halves),
+                conditioning.control_latent,
             )
             if halves == 1:
                 return denoised

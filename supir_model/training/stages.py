@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from supir_model.caption import describe
-from supir_model.denoiser import sigma_table
+from supir_model.denoiser import denoise, sigma_table
 from supir_model.networks import Conditioning, Networks
 from supir_model.training.degradations import Degradation, degrade
 from supir_model.vae import RobustVAE, ShortcutEncoder
@@ -210,18 +210,19 @@ class DiffusionStage:
         ]
         context, vector = networks.text(prompts)
 
-        timestep = (uniform[2] * 1000).long()
-        q = sigma_table().to(device)[timestep][:, None, None, None]
+        q = sigma_table().to(device)[(uniform[2] * 1000).long()]  # [B]
+        spread = q[:, None, None, None]
         noise = torch.randn(latent.shape, generator=generator, device=generator.device).to(latent)
-        c_in = (q**2 + 1).rsqrt()
-        scale = torch.full((size, 1, 1, 1), 0.0 if self.part == "prior" else 1.0, device=device)
         conditioning = Conditioning(context, vector, control_latent)
-        out = networks((latent + q * noise) * c_in, timestep, scale, conditioning).float()
 
-        noisy = latent + q * noise
-        denoised = noisy * c_in**2 - q * c_in * out if config.prediction == "v" else noisy - q * out
+        def network(x_in: Tensor, timestep: Tensor, scale: Tensor) -> Tensor:
+            out: Tensor = networks(x_in, timestep, scale, conditioning)
+            return out
+
+        scale = torch.full((size,), 0.0 if self.part == "prior" else 1.0, device=device)
+        denoised = denoise(network, config.prediction, latent + spread * noise, q, scale, control_latent)
         channels = self.channel_weight[None, :, None, None]
-        weight = (1 + 1 / q**2).clamp(max=self.max_weight)
+        weight = (1 + 1 / spread**2).clamp(max=self.max_weight)
         loss = (weight * channels * (denoised - latent).square()).mean()
         return loss, {
             "error": (channels * (denoised - latent).square()).mean().item(),
