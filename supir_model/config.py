@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Prediction = Literal["epsilon", "v", "residual-v"]
+Prediction = Literal["epsilon", "v", "residual"]
 ColorFix = Literal["wavelet", "adain", "none"]
 VAETilingMode = Literal["off", "exact", "released"]
 
@@ -126,6 +126,8 @@ class ModelConfig:
     positive_prompt: str
     negative_prompt: str
     license: str
+    # prediction "residual": how far a clean latent lies from the robust encoder's, per channel
+    residual_std: tuple[float, ...] = ()
     material_prompts: dict[str, Prompts] = field(default_factory=dict, hash=False)  # by material; may be empty
 
     @property
@@ -222,7 +224,7 @@ TINY = ModelConfig(
     unet=UNetConfig(8, (48, 96, 128), 1, (0, 0, 1), 32, context_dim=128, vector_dim=128, norm_groups=8),
     control=ControlConfig((0, 0, 1), hidden=32, norm_groups=8, attention_head_dim=32, attention_levels=(2,)),
     text=TextConfig("hashed", 48, (TowerConfig(128, 2, 4),), 1024, size_embedding=0),
-    prediction="residual-v",
+    prediction="residual",
     window=128,
     stride=96,
     min_size=0,
@@ -232,6 +234,7 @@ TINY = ModelConfig(
     },
     positive_prompt=", sharp, clean, high quality",
     negative_prompt="blurry, noisy, jpeg artifacts, scratched, faded, low quality",
+    residual_std=(0.12, 0.12, 0.6, 0.65, 0.25, 1.1, 1.0, 1.1),
     license="Apache-2.0; trained on photographs listed in docs/supir-tiny/",
 )
 

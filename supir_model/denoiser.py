@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -48,34 +49,50 @@ def nearest_timestep(sigma: Tensor) -> Tensor:
     return (sigma[:, None] - table).abs().argmin(dim=1)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a model of prediction ``residual`` measures its residual from.
+
+    latent: the control latent, [B, C, h, w] float32. std: [C], how far the clean latent usually lies from it.
+    """
+
+    latent: Tensor
+    std: tuple[float, ...]
+
+
 def denoise(
     network: Network,
     prediction: Prediction,
     x: Tensor,
     sigma: Tensor,
     control_scale: Tensor,
-    control_latent: Tensor | None = None,
+    origin: Origin | None = None,
 ) -> Tensor:
     """Estimate of the clean latent behind ``x`` (section 5); sigma selects a table entry, x is not renormalized to it.
 
-    x, control_latent: [B, C, h, w] float32; sigma, control_scale: [B] float32. ``epsilon``: D = x - q F. ``v``: the
-    variance-preserving velocity (Salimans & Ho 2022, appendix D) in the same variance-exploding coordinates.
-    ``residual-v``: the velocity of the residual to the scaled control latent, so that F = 0 at large noise already
-    answers with what the robust encoder saw.
+    x: [B, C, h, w] float32; sigma, control_scale: [B] float32. ``epsilon``: D = x - q F. ``v``: the variance-preserving
+    velocity (Salimans & Ho 2022, appendix D) in the same variance-exploding coordinates. ``residual``: the
+    preconditioning of Karras et al. 2022 (table 1) around ``origin`` instead of around 0, with a data deviation per
+    channel; without control it falls back to ``v``. F = 0 then answers with the best guess that control latent and
+    noisy latent allow channel by channel, and the network has only the rest to learn.
     """
     timestep = nearest_timestep(sigma)
     q = sigma_table().to(x.device)[timestep][:, None, None, None]
     c_in = (q**2 + 1).rsqrt()
     scale = control_scale[:, None, None, None]
     out = network(x * c_in, timestep, scale).float()
-    if prediction == "epsilon":
-        return x - q * out
-    velocity = c_in**2 * x - q * c_in * out
-    if prediction == "v":
-        return velocity
-    if control_latent is None:
-        raise ValueError("prediction 'residual-v' needs the control latent")
-    return velocity + (1 - c_in**2) * scale * control_latent
+    match prediction:
+        case "epsilon":
+            return x - q * out
+        case "v":
+            return c_in**2 * x - q * c_in * out
+        case "residual":
+            if origin is None:
+                raise ValueError("prediction 'residual' needs an origin")
+            center = scale * origin.latent
+            std = torch.tensor(origin.std, device=x.device)[None, :, None, None] ** scale
+            spread = (q**2 + std**2).rsqrt()
+            return center + (std * spread) ** 2 * (x - center) - q * std * spread * out
 
 
 def linear_cfg(cfg_start: float, cfg_end: float, sigma: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from supir_model.color import fix_color
 from supir_model.config import ColorFix, ModelConfig
-from supir_model.denoiser import denoise, guide, linear_cfg
+from supir_model.denoiser import Origin, denoise, guide, linear_cfg
 from supir_model.errors import RequestError
 from supir_model.loading import load_networks
 from supir_model.networks import Conditioning, Networks
@@ -145,7 +145,7 @@ class SupirModel:
                 x.repeat(halves, 1, 1, 1),
                 sigma.repeat(halves),
                 control_scale.repeat(halves),
-                conditioning.control_latent,
+                Origin(conditioning.control_latent, self.config.residual_std),
             )
             if halves == 1:
                 return denoised

@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from supir_model.caption import describe
-from supir_model.denoiser import denoise, sigma_table
+from supir_model.denoiser import Origin, denoise, sigma_table
 from supir_model.networks import Conditioning, Networks
 from supir_model.training.degradations import Degradation, degrade
 from supir_model.vae import RobustVAE, ShortcutEncoder
@@ -220,7 +220,8 @@ class DiffusionStage:
             return out
 
         scale = torch.full((size,), 0.0 if self.part == "prior" else 1.0, device=device)
-        denoised = denoise(network, config.prediction, latent + spread * noise, q, scale, control_latent)
+        origin = Origin(control_latent, config.residual_std)
+        denoised = denoise(network, config.prediction, latent + spread * noise, q, scale, origin)
         channels = self.channel_weight[None, :, None, None]
         weight = (1 + 1 / spread**2).clamp(max=self.max_weight)
         loss = (weight * channels * (denoised - latent).square()).mean()

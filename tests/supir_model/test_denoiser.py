@@ -7,6 +7,7 @@ from torch import Tensor
 from supir_model.config import Prediction
 from supir_model.denoiser import (
     SIGMA_MAX,
+    Origin,
     denoise,
     guide,
     karras_sigmas,
@@ -52,12 +53,15 @@ def test_sigma_beyond_the_table_maps_to_its_ends() -> None:
     assert nearest_timestep(torch.tensor([100.0, 0.0, -1.0])).tolist() == [999, 0, 0]
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "residual-v"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "residual"])
 def test_a_perfect_network_gives_the_clean_latent(prediction: Prediction) -> None:
     generator = torch.Generator().manual_seed(0)
     clean, eps, control = torch.randn((3, 3, 4, 5, 6), generator=generator)
     scale = torch.tensor([1.0, 0.5, 0.0])
-    origin = scale[:, None, None, None] * control if prediction == "residual-v" else torch.zeros_like(clean)
+    center, std = torch.zeros_like(clean), torch.ones(())
+    if prediction == "residual":
+        center = scale[:, None, None, None] * control
+        std = torch.tensor([0.1, 0.5, 1.0, 2.0])[None, :, None, None] ** scale[:, None, None, None]
     sigma = sigma_table()[[10, 500, 999]]
     q = sigma[:, None, None, None]
 
@@ -65,19 +69,25 @@ def test_a_perfect_network_gives_the_clean_latent(prediction: Prediction) -> Non
         assert timestep.tolist() == [10, 500, 999]
         assert control_scale.shape == (3, 1, 1, 1)
         torch.testing.assert_close(x_in.std(), torch.tensor(1.0), rtol=0.2, atol=0)  # the network sees unit variance
-        return eps if prediction == "epsilon" else (eps - q * (clean - origin)) / torch.sqrt(q**2 + 1)
+        return (
+            eps
+            if prediction == "epsilon"
+            else (std**2 * eps - q * (clean - center)) / (std * torch.sqrt(q**2 + std**2))
+        )
 
-    out = denoise(network, prediction, clean + q * eps, sigma, scale, control)
+    out = denoise(network, prediction, clean + q * eps, sigma, scale, Origin(control, (0.1, 0.5, 1.0, 2.0)))
     torch.testing.assert_close(out, clean, rtol=0, atol=1e-4)
 
 
-def test_a_silent_residual_network_answers_with_the_control_latent_at_large_noise() -> None:
-    x, control = torch.randn((2, 1, 4, 5, 6), generator=torch.Generator().manual_seed(1))
-    sigma = torch.tensor([SIGMA_MAX])
-    out = denoise(lambda x_in, t, s: torch.zeros_like(x_in), "residual-v", SIGMA_MAX * x, sigma, torch.ones(1), control)
-    torch.testing.assert_close(out, control, rtol=0, atol=0.4)
-    with pytest.raises(ValueError, match="control latent"):
-        denoise(lambda x_in, t, s: x_in, "residual-v", x, sigma, torch.ones(1))
+def test_a_silent_residual_network_weighs_noisy_and_control_latent_by_their_noise() -> None:
+    x, control = torch.randn((2, 1, 2, 5, 6), generator=torch.Generator().manual_seed(1))
+    sigma = sigma_table()[[700]]
+    origin = Origin(control, (0.1, float(sigma)))
+    out = denoise(lambda x_in, t, s: torch.zeros_like(x_in), "residual", x, sigma, torch.ones(1), origin)
+    torch.testing.assert_close(out[:, 1], (x[:, 1] + control[:, 1]) / 2)
+    torch.testing.assert_close(out[:, 0], control[:, 0], rtol=0, atol=0.05)
+    with pytest.raises(ValueError, match="origin"):
+        denoise(lambda x_in, t, s: x_in, "residual", x, sigma, torch.ones(1))
 
 
 def test_guidance_scale_is_linear_between_its_ends() -> None:
