@@ -13,7 +13,7 @@ Tensors of a wrong shape or type raise ValueError, settings out of range Request
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Literal, get_args
 
@@ -476,12 +476,16 @@ class DegradedBatch:
 
 
 def _archive(x: Tensor, generator: Generator, strength: float) -> Tensor:
-    """An old print: faded, grainy, scratched and dusty, each to a degree of its own."""
+    """An old print: grainy, scratched and dusty, each to a degree of its own; two in five are faded too.
+
+    Few, because fading cannot be told from a soft original: a model that sees much of it changes tones at large.
+    """
     n = (x.shape[0],)
-    u = _uniform((6, *n), 0.0, 1.0, generator, x.device)
-    # Even the mild end of a curriculum shows visible damage, else there is nothing to learn from it.
+    u = _uniform((7, *n), 0.0, 1.0, generator, x.device)
+    # Even the mild end shows visible damage, else there is nothing to learn from it.
     level = 0.3 + 0.7 * strength
-    x = fade(x, contrast=1.0 - 0.5 * level * u[0], lift=0.3 * level * u[1])
+    faded = level * (u[6] < 0.4)
+    x = fade(x, contrast=1.0 - 0.4 * faded * u[0], lift=0.25 * faded * u[1])
     x = grain(x, 20.0 * level * u[2], generator)
     x = scratches(x, torch.floor(5.0 * u[3]), generator)
     return dust(x, 8e-4 * level * u[4] * (u[5] < 0.7), generator)
@@ -535,6 +539,26 @@ def degrade(clean: Tensor, mix: Degradation, generator: Generator) -> DegradedBa
     if len(scanned) > 0:
         lq[scanned] = second_order(lq[scanned], generator, 0.5 * mix.strength)
     return DegradedBatch(lq=lq, target=target, damage=damage, tone=tone)
+
+
+@torch.no_grad()
+def degrade_by_strength(clean: Tensor, mix: Degradation, generator: Generator) -> DegradedBatch:
+    """As ``degrade``, with a strength of its own for every four crops, 5% to 100% of the mix's.
+
+    A model that only saw heavy damage treats a nearly clean image as damaged.
+    """
+    groups = clean.split(4)
+    shares = torch.rand(len(groups), generator=generator, device=generator.device).tolist()
+    parts = [
+        degrade(group, replace(mix, strength=mix.strength * (0.05 + 0.95 * share)), generator)
+        for group, share in zip(groups, shares, strict=True)
+    ]
+    return DegradedBatch(
+        lq=torch.cat([part.lq for part in parts]),
+        target=torch.cat([part.target for part in parts]),
+        damage=torch.cat([part.damage for part in parts]),
+        tone=torch.cat([part.tone for part in parts]),
+    )
 
 
 # ---------------------------------------------------------------------------
