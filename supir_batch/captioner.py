@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from supir_model.llava import LlavaCaptioner
-    from supir_model.model import SupirModel
+    from supir_model.model import FirstStage
 
 
 class Captioner(Protocol):
@@ -96,15 +96,16 @@ class _RobustEyes:
     """The part of a SUPIR model that sees behind degradation."""
 
     def __init__(self, model: ModelRef | None, device: Device) -> None:
-        from supir_model.model import SupirModel  # noqa: PLC0415
+        from supir_model.model import FirstStage  # noqa: PLC0415
 
         if model is None:
             raise ValueError("an engine without a model reads no captions")
         fix_threads()
-        self._model: SupirModel = SupirModel.load(model_folder.local(model.uri), None if device == "auto" else device)
-        self._model.keep_first_stage_only()
-        self.device = str(self._model.device)
+        self._first_stage: FirstStage = FirstStage.load(
+            model_folder.local(model.uri), None if device == "auto" else device, model.precision
+        )
+        self.device = str(self._first_stage.device)
 
     def see(self, preview: FloatImage) -> torch.Tensor:
         """[h, w, 3] in [0, 1] to [3, h, w] in [-1, 1], as the robust encoder sees it."""
-        return self._model.first_stage(to_tensor(preview))
+        return self._first_stage.see(to_tensor(preview))

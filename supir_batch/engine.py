@@ -14,6 +14,7 @@ from supir_batch.types import FloatImage, ModelRef, Settings, TileTicket
 
 if TYPE_CHECKING:
     from supir_model.model import Request, Sampling, SupirModel
+    from supir_model.sampler import SamplerSettings
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -45,7 +46,9 @@ class SupirEngine:
         from supir_model.model import SupirModel  # noqa: PLC0415
 
         fix_threads()
-        self._model: SupirModel = SupirModel.load(model_folder.local(model.uri), None if device == "auto" else device)
+        self._model: SupirModel = SupirModel.load(
+            model_folder.local(model.uri), None if device == "auto" else device, model.precision
+        )
         self.device = str(self._model.device)
 
     def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
@@ -98,24 +101,39 @@ def full_prompt(settings: Settings, caption: str) -> str:
 def sampling_of(settings: Settings) -> Sampling:
     """The model's view of the settings."""
     from supir_model.model import Sampling  # noqa: PLC0415
-    from supir_model.sampler import EDMSettings  # noqa: PLC0415
     from supir_model.vae_tiling import WHOLE, VAETiling  # noqa: PLC0415
 
     return Sampling(
-        sampler=EDMSettings(
-            steps=settings.steps,
-            restoration_tau=settings.restoration_tau,
-            churn=settings.churn,
-            noise=settings.noise,
-            control_scale=settings.control_scale,
-            window=settings.window,
-            stride=settings.stride,
-        ),
+        sampler=_sampler_of(settings),
         cfg_start=settings.cfg_start,
         cfg_end=settings.cfg_end,
         color_fix=settings.color_fix,
         vae_tiling=WHOLE if settings.vae_tiling == "off" else VAETiling(settings.vae_tiling, settings.vae_tile),
         clip=settings.geometry != "released",
+    )
+
+
+def _sampler_of(settings: Settings) -> SamplerSettings:
+    from supir_model.sampler import DPMPP2MSettings, EDMSettings  # noqa: PLC0415
+
+    if settings.sampler == "dpmpp_2m_sde":
+        return DPMPP2MSettings(
+            steps=settings.steps,
+            eta=settings.eta,
+            noise=settings.noise,
+            restoration_tau=settings.restoration_tau,
+            control_scale=settings.control_scale,
+            window=settings.window,
+            stride=settings.stride,
+        )
+    return EDMSettings(
+        steps=settings.steps,
+        restoration_tau=settings.restoration_tau,
+        churn=settings.churn,
+        noise=settings.noise,
+        control_scale=settings.control_scale,
+        window=settings.window,
+        stride=settings.stride,
     )
 
 

@@ -161,7 +161,9 @@ def _job(manifest: Manifest, source: Source, settings: Settings) -> Job:
         settings_sha256=settings_hash(settings),
         output_stem=stem,
         scratch_uri=store.join(manifest.output.uri, SCRATCH_FOLDER),
-        model=ModelRef(manifest.engine.weights, manifest.engine.config) if settings.engine == "supir" else None,
+        model=ModelRef(manifest.engine.weights, manifest.engine.config, settings.precision or "float32")
+        if settings.engine == "supir"
+        else None,
         captions_uri=store.join(manifest.output.uri, CAPTIONS_FOLDER),
         captioner=(manifest.caption.model or "") if settings.captioner else "",
     )

@@ -98,7 +98,10 @@ class ProvenanceRecord:
     def history_parameters(self) -> str:
         """The settings that shape the picture as JSON of at most 1 kB; the full set is in the sidecar."""
         keys = (
-            ("preset", "steps", "cfg_start", "cfg_end", "control_scale", "restoration_tau", "churn", "noise")
+            (
+                *("precision", "preset", "sampler", "steps", "cfg_start", "cfg_end", "control_scale"),
+                *("restoration_tau", "churn", "eta", "noise"),
+            )
             if self.generative
             else ()
         )

@@ -34,7 +34,16 @@ from pydantic import (
 from supir_batch import model_folder, store
 from supir_batch.errors import ManifestError
 from supir_batch.types import Settings, Source
-from supir_model.config import MODELS, TINY, ModelConfig, Prompts, SamplingDefaults, VAETilingMode
+from supir_model.config import (
+    MODELS,
+    TINY,
+    ModelConfig,
+    Precision,
+    Prompts,
+    SamplerName,
+    SamplingDefaults,
+    VAETilingMode,
+)
 
 ENVIRONMENT_PREFIX = "SUPIR_BATCH__"
 DEFAULT_NOTICE = "AI-assisted reconstruction; details may not be in the original"
@@ -90,7 +99,18 @@ class Engine(_Section):
     weights: str = Field(
         default="tiny", min_length=1, description="Model: tiny, or the folder (path or URI) of a converted model."
     )
-    preset: Literal["fidelity", "quality"] = Field(default="fidelity", description="fidelity: close to the source.")
+    precision: Precision | None = Field(
+        default=None,
+        description="Number format inside control encoder and UNet; unless float32, autoencoder and text use bfloat16. "
+        "Left out: the model's own.",
+    )
+    preset: Literal["fidelity", "quality", "fidelity-lightning", "quality-lightning"] = Field(
+        default="fidelity",
+        description="fidelity: close to the source; lightning: few steps, for a model with a Lightning base or LoRA.",
+    )
+    sampler: SamplerName | None = Field(
+        default=None, description="edm: the release's; dpmpp_2m_sde: its choice for Lightning."
+    )
     steps: int | None = Field(default=None, ge=1, le=1000, description="Sampling steps.")
     cfg_start: float | None = Field(
         default=None, ge=0, le=30, description="Guidance scale at the largest sigma; 1 = none."
@@ -103,7 +123,12 @@ class Engine(_Section):
         default=None, description="Exponent of restoration guidance; larger is weaker; off: no restoration guidance."
     )
     churn: float | None = Field(default=None, ge=0, le=100, description="S_churn of the EDM sampler; 0: deterministic.")
-    noise: float | None = Field(default=None, gt=0, le=2, description="S_noise: factor on the noise that churn adds.")
+    eta: float | None = Field(
+        default=None, ge=0, le=1, description="Share of new noise of sampler dpmpp_2m_sde; 0: deterministic."
+    )
+    noise: float | None = Field(
+        default=None, gt=0, le=2, description="S_noise: factor on the noise that churn or eta adds."
+    )
     color_fix: Literal["wavelet", "adain", "none"] | None = Field(
         default=None, description="How colors follow the source."
     )
@@ -310,6 +335,17 @@ class Manifest(_Section):
     runtime: Runtime = Runtime()
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)  # dotted key -> manifest | environment | flag
+
+    @model_validator(mode="after")
+    def _keys_of_the_sampler(self) -> Manifest:
+        if self.engine.name == "supir" and self.engine.preset in self.engine.config.presets:
+            sampler = _sampling(self)["sampler"]
+            for key in _UNUSED[sampler]:
+                if getattr(self.engine, key) is not None:
+                    raise ValueError(
+                        f"engine.{key}: is not used by sampler '{sampler}'; remove it or choose another sampler"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _stride_within_window(self) -> Manifest:
@@ -604,13 +640,16 @@ def resolve(
         engine_name=config.display_name if generative else "Lanczos",
         model_sha256=model_sha256 if generative else "",
         weights=config.name if generative else "",
+        precision=_precision(manifest) if generative else "",
         preset=engine.preset if generative else "",
+        sampler=sampling["sampler"] if generative else "",
         steps=int(sampling["steps"]),
         cfg_start=float(sampling["cfg_start"]),
         cfg_end=float(sampling["cfg_end"]),
         control_scale=float(sampling["control_scale"]),
         restoration_tau=None if tau is None or tau == "off" else float(tau),
         churn=float(sampling["churn"]),
+        eta=float(sampling["eta"]),
         noise=float(sampling["noise"]),
         color_fix=sampling["color_fix"],
         upscale=float(engine.upscale if source.upscale is None else source.upscale),
@@ -650,6 +689,7 @@ def resolve(
 
 # What a non-generative engine records for the values it does not use.
 _NEUTRAL = SamplingDefaults(0, 0.0, 0.0, 0.0, None, 0.0, 0.0, "none")
+_UNUSED: dict[SamplerName, tuple[str, ...]] = {"edm": ("eta",), "dpmpp_2m_sde": ("churn",)}  # by sampler
 _SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingDefaults))
 
 
@@ -672,6 +712,8 @@ def _sampling(manifest: Manifest) -> dict[str, Any]:
         given = getattr(manifest.engine, key)
         if given is not None:
             values[key] = given
+    for key in _UNUSED[values["sampler"]]:
+        values[key] = 0.0
     return values
 
 
@@ -686,6 +728,10 @@ def _window(manifest: Manifest) -> tuple[int, int]:
 def _min_size(manifest: Manifest) -> int:
     given = manifest.engine.min_size
     return manifest.engine.config.min_size if given is None else given
+
+
+def _precision(manifest: Manifest) -> Precision:
+    return manifest.engine.precision or manifest.engine.config.precision
 
 
 def _material(manifest: Manifest, source: Source | None) -> str:
@@ -743,11 +789,14 @@ def explain(manifest: Manifest) -> list[Explained]:
         window, stride = _window(manifest)
         filled |= {
             "engine.min_size": (_min_size(manifest), model),
+            "engine.precision": (_precision(manifest), model),
             "tiling.window": (window, model),
             "tiling.stride": (stride, model),
             "caption.positive_prompt": (prompts.positive, origin),
             "caption.negative_prompt": (prompts.negative, origin),
         }
+    sampler = _sampling(manifest)["sampler"]
+    unused = {f"engine.{key}" for key in _UNUSED[sampler]}
     used_by_lanczos = {"engine.name", "engine.upscale", "tiling.max_pixels", "tiling.overlap"}
     explained = []
     for key, value, given in _flat(manifest):
@@ -755,6 +804,8 @@ def explain(manifest: Manifest) -> list[Explained]:
             explained.append(Explained(key, None, "not used by lanczos"))
         elif key in _LLAVA_KEYS and manifest.caption.mode != "llava":
             explained.append(Explained(key, None, "only used by caption.mode llava"))
+        elif key in unused:
+            explained.append(Explained(key, 0.0, f"not used by sampler {sampler}"))
         elif key == "tiling.vae_tile" and manifest.tiling.vae_tiling == "off":
             explained.append(Explained(key, 0, "not used with tiling.vae_tiling off"))
         elif key in filled and value is None:

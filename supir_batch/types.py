@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from supir_model.config import ModelConfig, VAETilingMode
+from supir_model.config import ModelConfig, Precision, SamplerName, VAETilingMode
 
 FloatImage = NDArray[np.float32]  # [H, W, C], values in [0, 1]
 
@@ -53,13 +53,16 @@ class Settings:
     engine_name: str  # display name, e.g. "SUPIR v0Q"
     model_sha256: str  # "" for engines without weights
     weights: str
+    precision: Literal["", Precision]  # inside the networks; "" for engines without
     preset: str
+    sampler: Literal["", SamplerName]
     steps: int
     cfg_start: float
     cfg_end: float
     control_scale: float
     restoration_tau: float | None
-    churn: float
+    churn: float  # 0 unless sampler is edm
+    eta: float  # 0 unless sampler is dpmpp_2m_sde
     noise: float
     color_fix: Literal["wavelet", "adain", "none"]
     upscale: float
@@ -98,13 +101,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """The model of a generative engine: ``tiny`` or the URI of a converted model's folder, and its configuration.
+    """The model of a generative engine: where it is, what it is, and the number format it computes in.
 
-    No part of the settings: a model that moves is the same model, its hash is in ``Settings.model_sha256``.
+    uri: ``tiny`` or a converted model's folder. No part of the settings: a model that moves is the same model, its hash
+    is in ``Settings.model_sha256``, its precision in ``Settings.precision``.
     """
 
     uri: str
     config: ModelConfig = field(repr=False)
+    precision: Precision = "float32"
 
 
 @dataclass(frozen=True)

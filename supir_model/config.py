@@ -12,6 +12,8 @@ from typing import Literal
 Prediction = Literal["epsilon", "v", "residual"]
 ColorFix = Literal["wavelet", "adain", "none"]
 VAETilingMode = Literal["off", "exact", "released"]
+Precision = Literal["float32", "bfloat16", "float16"]
+SamplerName = Literal["edm", "dpmpp_2m_sde"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class SamplingDefaults:
     """What a preset means for one model (specification section 12).
 
     ``cfg_start`` is the guidance scale at the largest sigma, ``cfg_end`` at sigma 0; linear in sigma between.
-    ``restoration_tau`` is the exponent of restoration guidance (0 < tau; larger is weaker), None = off.
+    ``restoration_tau`` is the exponent of restoration guidance (0 < tau; larger is weaker), None = off. ``churn`` is
+    read by sampler ``edm`` alone, ``eta`` by ``dpmpp_2m_sde`` alone.
     """
 
     steps: int
@@ -98,6 +101,8 @@ class SamplingDefaults:
     churn: float
     noise: float
     color_fix: ColorFix
+    sampler: SamplerName = "edm"
+    eta: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,8 @@ class ModelConfig:
     positive_prompt: str
     negative_prompt: str
     license: str
+    # number format of control encoder and UNet; unless float32, VAE and text run in bfloat16 (section 13)
+    precision: Precision = "float32"
     # prediction "residual": how far a clean latent lies from the robust encoder's, per channel
     residual_std: tuple[float, ...] = ()
     material_prompts: dict[str, Prompts] = field(default_factory=dict, hash=False)  # by material; may be empty
@@ -152,6 +159,9 @@ _SDXL_TEXT = TextConfig(
 )
 _V0_FIDELITY = SamplingDefaults(50, 1.0, 4.0, 1.0, None, 5.0, 1.003, "wavelet")
 _V0_QUALITY = SamplingDefaults(50, 4.0, 7.5, 1.0, None, 5.0, 1.003, "wavelet")
+# for a few-step base such as a Lightning fine-tune; with plain SDXL weights eight steps are too few
+_V0_FIDELITY_LIGHTNING = SamplingDefaults(8, 1.5, 1.5, 1.0, None, 0.0, 1.003, "wavelet", "dpmpp_2m_sde")
+_V0_QUALITY_LIGHTNING = SamplingDefaults(8, 2.0, 2.0, 1.0, None, 0.0, 1.003, "wavelet", "dpmpp_2m_sde")
 _V0_POSITIVE = (
     "Cinematic, High Contrast, highly detailed, taken using a Canon EOS R camera, hyper detailed photo - realistic "
     "maximum detail, 32k, Color Grading, ultra HD, extreme meticulous detailing, skin pore detailing, hyper sharpness, "
@@ -206,10 +216,16 @@ def _v0(name: str) -> ModelConfig:
         window=128,
         stride=64,
         min_size=1024,
-        presets={"fidelity": _V0_FIDELITY, "quality": _V0_QUALITY},
+        presets={
+            "fidelity": _V0_FIDELITY,
+            "quality": _V0_QUALITY,
+            "fidelity-lightning": _V0_FIDELITY_LIGHTNING,
+            "quality-lightning": _V0_QUALITY_LIGHTNING,
+        },
         positive_prompt=_V0_POSITIVE,
         negative_prompt=_V0_NEGATIVE,
         license="supir-noncommercial",
+        precision="float16",
         material_prompts=_SDXL_MATERIALS,
     )
 

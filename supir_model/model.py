@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from supir_model.color import fix_color
-from supir_model.config import ColorFix, ModelConfig
+from supir_model.config import ColorFix, ModelConfig, Precision
 from supir_model.denoiser import Origin, denoise, guide, linear_cfg
 from supir_model.errors import RequestError
-from supir_model.loading import load_networks
+from supir_model.loading import FORMATS, load_networks, load_vae
 from supir_model.networks import Conditioning, Networks
 from supir_model.noise import latent_noise
 from supir_model.sampler import SamplerSettings, Window, sample, windows_of
+from supir_model.vae import RobustVAE
 from supir_model.vae_tiling import WHOLE, VAETiling
 from supir_model.weights import Checkpoint
 
@@ -61,37 +62,94 @@ class Request:
     window_prompts: tuple[str, ...] = ()
 
 
-class SupirModel:
-    """Networks, their configuration and the device they live on."""
+class FirstStage:
+    """The robust encoder and the decoder: what is behind a degraded image. Captions are written from it.
 
-    def __init__(self, networks: Networks, config: ModelConfig, device: torch.device) -> None:
+    precision: number format inside the VAE; float16 means bfloat16 here, as the VAE overflows in float16.
+    """
+
+    def __init__(self, vae: RobustVAE, config: ModelConfig, device: torch.device, precision: Precision) -> None:
+        self.vae = vae.eval().requires_grad_(False)
+        self.config = config
+        self.device = device
+        self._dtype = FORMATS[precision].conditioner
+
+    @classmethod
+    def load(cls, source: str | Path = "tiny", device: str | None = None, precision: Precision = "float32") -> Self:
+        """Load nothing but the VAE of ``tiny`` or of a converted model's folder. Raises WeightsError."""
+        target = _device(device)
+        vae, config = load_vae(source, target, precision)
+        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return cls(vae, config, target, precision)
+
+    @torch.inference_mode()
+    def see(self, image: Tensor) -> Tensor:
+        """[3, H, W] to [3, H, W], both in [-1, 1]."""
+        decoded = self.decode(self.encode_robust(self.pad(image)))
+        return decoded[0, :, : image.shape[1], : image.shape[2]].clamp(-1, 1)
+
+    def encode_robust(self, image: Tensor, tiling: VAETiling = WHOLE) -> Tensor:
+        """``RobustVAE.encode_robust`` in this precision, float32 out; so are the next two."""
+        with autocast(self.device, self._dtype):
+            return self.vae.encode_robust(image, tiling).float()
+
+    def encode(self, image: Tensor, noise: Tensor, tiling: VAETiling = WHOLE) -> Tensor:
+        """``RobustVAE.encode``."""
+        with autocast(self.device, self._dtype):
+            return self.vae.encode(image, noise, tiling).float()
+
+    def decode(self, latent: Tensor, tiling: VAETiling = WHOLE) -> Tensor:
+        """``RobustVAE.decode``."""
+        with autocast(self.device, self._dtype):
+            return self.vae.decode(latent, tiling).float()
+
+    def pad(self, image: Tensor) -> Tensor:
+        """[1, 3, H', W'] on the device, sides padded right and bottom to multiples of the networks' alignment."""
+        if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) == 0:
+            raise RequestError(f"image must be [3, H, W] with H, W >= 1, got {list(image.shape)}")
+        height, width = image.shape[1:]
+        alignment = self.config.alignment
+        bottom, right = -height % alignment, -width % alignment
+        batch = image[None].to(self.device, torch.float32)
+        padded = F.pad(batch, (0, right, 0, bottom), mode="replicate")
+        return padded.contiguous(memory_format=torch.channels_last)
+
+
+class SupirModel:
+    """Networks, their configuration and the device they live on.
+
+    precision: number format inside the networks, which hold their weights in it. Latents, noise levels, noise and
+    guidance are float32 in any case (specification section 13).
+    """
+
+    def __init__(
+        self, networks: Networks, config: ModelConfig, device: torch.device, precision: Precision = "float32"
+    ) -> None:
         self.networks = networks.eval().requires_grad_(False)
         self.config = config
         self.device = device
+        self._first = FirstStage(networks.vae, config, device, precision)
+        self._formats = FORMATS[precision]
 
     @classmethod
-    def load(cls, source: str | Path | Checkpoint = "tiny", device: str | None = None) -> Self:
+    def load(
+        cls,
+        source: str | Path | Checkpoint = "tiny",
+        device: str | None = None,
+        precision: Precision = "float32",
+    ) -> Self:
         """Load a model: ``tiny``, the folder of a converted one, or published files (``weights.Checkpoint``).
 
         device: torch device, default CUDA where there is one. Raises WeightsError.
         """
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        networks, config = load_networks(source, target)
+        target = _device(device)
+        networks, config = load_networks(source, target, precision)
         networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return cls(networks, config, target)
+        return cls(networks, config, target, precision)
 
-    @torch.inference_mode()
     def first_stage(self, image: Tensor) -> Tensor:
         """What the robust encoder sees behind a degraded image: [3, H, W] to [3, H, W], both in [-1, 1]."""
-        padded = self._pad(image)
-        vae = self.networks.vae
-        decoded = vae.decode(vae.encode_robust(padded))
-        return decoded[0, :, : image.shape[1], : image.shape[2]].clamp(-1, 1)
-
-    def keep_first_stage_only(self) -> None:
-        """Free the networks that only restoring needs, for captioners; :meth:`restore` cannot be used afterwards."""
-        for name in ("text", "control", "unet"):
-            delattr(self.networks, name)
+        return self._first.see(image)
 
     @torch.inference_mode()
     def restore(self, requests: Sequence[Request], sampling: Sampling) -> list[Tensor]:
@@ -101,12 +159,12 @@ class SupirModel:
         """
         if not requests:
             return []
-        vae, factor, tiling = self.networks.vae, self.config.vae.factor, sampling.vae_tiling
+        vae, factor, tiling = self._first, self.config.vae.factor, sampling.vae_tiling
         stage1, control, center, prompts = [], [], [], []
         for request in requests:
             if request.top % factor or request.left % factor:
                 raise RequestError(f"tile origin ({request.top}, {request.left}) is not a multiple of {factor} pixels")
-            padded = self._pad(request.image)
+            padded = vae.pad(request.image)
             z_lq = vae.encode_robust(padded, tiling)
             decoded = vae.decode(z_lq, tiling)
             posterior = self._noise(request, _POSTERIOR_DRAW, z_lq.shape[-2:])
@@ -115,7 +173,7 @@ class SupirModel:
             center.append(vae.encode(decoded, posterior[None], tiling)[0])
             self._check_window_prompts(request, z_lq.shape[-2:], sampling.sampler)
             positive = request.window_prompts or (request.prompt,)
-            prompts.append(self.networks.text([request.negative_prompt, *positive]))
+            prompts.append(self._read([request.negative_prompt, *positive]))
 
         # at a guidance scale of 1 the negative prompt has no weight, and its half of the batch is not computed
         halves = 1 if sampling.cfg_start == sampling.cfg_end == 1 else 2
@@ -134,10 +192,10 @@ class SupirModel:
             )
 
             def network(x_in: Tensor, timestep: Tensor, scale: Tensor) -> Tensor:
-                out: Tensor = self.networks(
-                    x_in.contiguous(memory_format=torch.channels_last), timestep, scale, conditioning
-                )
-                return out
+                channels_last = x_in.contiguous(memory_format=torch.channels_last)
+                with autocast(self.device, self._formats.denoiser):
+                    out: Tensor = self.networks(channels_last, timestep, scale, conditioning)
+                return out.float()
 
             denoised = denoise(
                 network,
@@ -162,6 +220,12 @@ class SupirModel:
             restored.append(image.clamp(-1, 1) if sampling.clip else image)
         return restored
 
+    def _read(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Context [B, L, C] and vector [B, V] of the prompts, float32."""
+        with autocast(self.device, self._formats.conditioner):
+            context, vector = self.networks.text(prompts)
+        return context.float(), vector.float()
+
     def _check_window_prompts(self, request: Request, size: torch.Size, settings: SamplerSettings) -> None:
         wanted = len(windows_of(0, size[0], size[1], settings.window, settings.stride))
         found = len(request.window_prompts)
@@ -181,13 +245,11 @@ class SupirModel:
         )
         return noise.to(self.device)
 
-    def _pad(self, image: Tensor) -> Tensor:
-        """[1, 3, H', W'] on the device, sides padded right and bottom to multiples of the networks' alignment."""
-        if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) == 0:
-            raise RequestError(f"image must be [3, H, W] with H, W >= 1, got {list(image.shape)}")
-        height, width = image.shape[1:]
-        alignment = self.config.alignment
-        bottom, right = -height % alignment, -width % alignment
-        batch = image[None].to(self.device, torch.float32)
-        padded = F.pad(batch, (0, right, 0, bottom), mode="replicate")
-        return padded.contiguous(memory_format=torch.channels_last)
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Run networks in this number format; float32 changes nothing."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def _device(name: str | None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -22,6 +22,9 @@ from supir_model.checkpoint_keys import from_released, origin
 from supir_model.config import MODELS, TINY, TINY_WEIGHTS, ModelConfig
 from supir_model.errors import WeightsError
 
+DtypeOf = Callable[[str, Tensor], torch.dtype]
+"""The number format in which a network holds a weight"""
+
 TORCH_EXTENSIONS = (".ckpt", ".pt", ".pth")
 
 # diffusers' folders -> where their networks are in ours
@@ -237,7 +240,7 @@ def _read_diffusers(base: Path) -> dict[str, Tensor]:
 # --- checking and filling ------------------------------------------------------------------------------------------
 
 
-def load_into(network: nn.Module, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+def load_into(network: nn.Module, path: Path, dtype: DtypeOf, device: torch.device) -> None:
     """Load a file with the network's own names strictly into it; it must be on the meta device.
 
     Raises WeightsError naming the first ten keys that are missing, unexpected or of another shape.
@@ -247,11 +250,12 @@ def load_into(network: nn.Module, path: Path, dtype: torch.dtype, device: torch.
     assign(network, state, dtype, device)
 
 
-def assign(network: nn.Module, state: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+def assign(network: nn.Module, state: dict[str, Tensor], dtype: DtypeOf, device: torch.device) -> None:
     """Make ``state``, which is emptied, the network's weights; each tensor is copied only to change dtype or device."""
     moved = {}
     for key in list(state):
-        moved[key] = state.pop(key).to(device=device, dtype=dtype)
+        value = state.pop(key)
+        moved[key] = value.to(device=device, dtype=dtype(key, value))
     network.load_state_dict(moved, strict=True, assign=True)
 
 

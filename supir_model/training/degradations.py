@@ -547,7 +547,7 @@ def degrade_by_strength(clean: Tensor, mix: Degradation, generator: Generator) -
 
     A model that only saw heavy damage treats a nearly clean image as damaged.
     """
-    groups = clean.split(4)
+    groups = torch.split(clean, 4)
     shares = torch.rand(len(groups), generator=generator, device=generator.device).tolist()
     parts = [
         degrade(group, replace(mix, strength=mix.strength * (0.05 + 0.95 * share)), generator)

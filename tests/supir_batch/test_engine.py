@@ -18,12 +18,14 @@ from supir_batch.engine import (
 from supir_batch.model_folder import model_sha256
 from supir_batch.types import FloatImage, Job, ModelRef, TileBox, TileTicket
 from supir_model.config import TINY
+from supir_model.sampler import DPMPP2MSettings
 
 MakeJob = Callable[..., Job]
 
 SUPIR = {
     "engine": "supir",
     "weights": "tiny",
+    "sampler": "edm",
     "steps": 2,
     "window": 16,
     "stride": 8,
@@ -87,6 +89,30 @@ def test_every_sampling_setting_reaches_the_model(make_job: MakeJob, tmp_path: P
     for name, value in changes.items():
         changed = dataclasses.replace(base, **{name: value})
         assert sampling_of(changed) != sampling_of(base), name
+    few_steps = dataclasses.replace(base, sampler="dpmpp_2m_sde", eta=1.0)
+    assert isinstance(sampling_of(few_steps).sampler, DPMPP2MSettings)
+    for name, value in {**changes, "eta": 0.5}.items():
+        if name != "churn":
+            assert sampling_of(dataclasses.replace(few_steps, **{name: value})) != sampling_of(few_steps), name
+
+
+def test_the_few_step_sampler_restores(engine: SupirEngine, make_job: MakeJob, tmp_path: Path) -> None:
+    edm, dpm = (
+        engine.restore([ticket(make_job, tmp_path, sampler=sampler, eta=1.0)], [tile(0)])[0]
+        for sampler in ("edm", "dpmpp_2m_sde")
+    )
+    assert np.isfinite(dpm).all()
+    assert not np.array_equal(edm, dpm)
+
+
+def test_half_precision_is_the_models_not_the_tiles(make_job: MakeJob, tmp_path: Path) -> None:
+    half = SupirEngine(ModelRef("tiny", TINY, "bfloat16"), "cpu")
+    full = SupirEngine(ModelRef("tiny", TINY, "float32"), "cpu")
+    one = [ticket(make_job, tmp_path)]
+    (rounded,), (exact,) = half.restore(one, [tile(0)]), full.restore(one, [tile(0)])
+    assert rounded.dtype == np.float32
+    assert not np.array_equal(rounded, exact)
+    assert np.abs(rounded - exact).mean() < 0.02
 
 
 def test_prompt_is_caption_and_suffix_without_a_separator(make_job: MakeJob, tmp_path: Path) -> None:

@@ -179,16 +179,36 @@ def test_explain_tells_what_resolve_uses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", list(MODELS))
-@pytest.mark.parametrize("preset", ["fidelity", "quality"])
+@pytest.mark.parametrize("preset", ["fidelity", "quality", "fidelity-lightning"])
 def test_presets_fill_what_is_left_open(tmp_path: Path, weights: str, preset: str) -> None:
+    if preset not in MODELS[weights].presets:
+        with pytest.raises(ManifestError, match="have no preset 'fidelity-lightning'; choose one of fidelity, quality"):
+            resolve(load(tmp_path, f"{MINIMAL}engine: {{preset: {preset}}}\n"), SOURCE, "hash")
+        return
     named = model_folder(tmp_path, weights)
     text = f"{MINIMAL}engine: {{weights: {named}, preset: {preset}, accept_license: supir-noncommercial}}\n"
     settings = resolve(load(tmp_path, text), SOURCE, "hash")
     assert settings.weights == weights
     for key, value in dataclasses.asdict(MODELS[weights].presets[preset]).items():
-        assert getattr(settings, key) == value
+        unused = key == ("churn" if settings.sampler == "dpmpp_2m_sde" else "eta")
+        assert getattr(settings, key) == (0.0 if unused else value), key
+    assert settings.precision == MODELS[weights].precision
     assert settings.accepted_license == (None if weights == "tiny" else "supir-noncommercial")
     assert settings.negative_prompt == MODELS[weights].prompts_for("photograph").negative
+
+
+def test_the_other_samplers_keys_are_refused(tmp_path: Path) -> None:
+    message = "m.yaml: engine.eta: is not used by sampler 'edm'; remove it or choose another sampler"
+    assert refusal(tmp_path, f"{MINIMAL}engine: {{eta: 0.5}}\n") == [message]
+    few_steps = f"{MINIMAL}engine: {{sampler: dpmpp_2m_sde, eta: 0.5, restoration_tau: 4, precision: bfloat16"
+    assert "engine.churn: is not used by sampler 'dpmpp_2m_sde'" in refusal(tmp_path, f"{few_steps}, churn: 1}}\n")[0]
+    manifest = load(tmp_path, f"{few_steps}}}\n")
+    settings = resolve(manifest, SOURCE, "hash")
+    assert (settings.sampler, settings.eta, settings.churn) == ("dpmpp_2m_sde", 0.5, 0.0)
+    assert (settings.precision, settings.restoration_tau) == ("bfloat16", 4.0)
+    origins = {key: origin for key, _, origin in explain(manifest)}
+    assert origins["engine.churn"] == "not used by sampler dpmpp_2m_sde"
+    assert origins["engine.precision"] == "manifest"
 
 
 def test_a_restricted_model_needs_its_license_by_name(tmp_path: Path) -> None:
@@ -338,8 +358,9 @@ def test_the_hash_does_not_depend_on_how_a_number_is_written(settings: Settings)
 def test_the_hash_stays_what_it_was() -> None:
     """A changed hash makes every archive redo its work: change this on purpose only."""
     fixed = Settings(
-        engine="supir", engine_name="supir-tiny", model_sha256="ab", weights="tiny", preset="fidelity", steps=10,
-        cfg_start=1.0, cfg_end=1.5, control_scale=1.0, restoration_tau=None, churn=0.0, noise=1.003,
+        engine="supir", engine_name="supir-tiny", model_sha256="ab", weights="tiny", precision="float32",
+        preset="fidelity", sampler="edm", steps=10,
+        cfg_start=1.0, cfg_end=1.5, control_scale=1.0, restoration_tau=None, churn=0.0, eta=0.0, noise=1.003,
         color_fix="wavelet", upscale=2.0, min_size=0, window=128, stride=96, max_pixels=4194304, overlap=128,
         geometry="pad", vae_tiling="off", vae_tile=0,
         caption_mode="none", prompt="é", prompt_source="none", positive_prompt="", negative_prompt="",
@@ -349,7 +370,7 @@ def test_the_hash_stays_what_it_was() -> None:
         run_seed=0, seed=None, format="source", bit_depth=None, notice="n", operator=None, organization=None,
         accepted_license=None,
     )  # fmt: skip
-    assert settings_hash(fixed) == "2d1cd406c00ecd4977d795414d2f040204123b10ea3412ea3484d10d8dbf6549"
+    assert settings_hash(fixed) == "d23e29d6be6bd816128e2c659e98de10307f14dcc092376da7cbe4dbaa153d74"
 
 
 def test_fingerprint_depends_on_both() -> None:

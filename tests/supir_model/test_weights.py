@@ -23,7 +23,7 @@ def state(layers: int = 12) -> dict[str, torch.Tensor]:
 
 
 def load(module: nn.Module, path: Path) -> None:
-    weights.load_into(module, path, torch.float32, torch.device("cpu"))
+    weights.load_into(module, path, lambda key, value: torch.float32, torch.device("cpu"))
 
 
 def test_what_was_saved_is_loaded_in_the_dtype_asked_for(tmp_path: Path) -> None:
