@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -107,7 +108,7 @@ def check(weights: str) -> list[str]:
     if problems:
         return problems  # a file that is not the recorded one need not be understood
     with store.local_copy(store.join(weights, folder.WEIGHTS)) as path:
-        return _key_problems(path, description)
+        return _key_problems(path, description) + _vocabulary_problems(weights, description)
 
 
 def _key_problems(path: Path, description: folder.Description) -> list[str]:
@@ -119,6 +120,24 @@ def _key_problems(path: Path, description: folder.Description) -> list[str]:
         files.check(build_on_meta(description.model).state_dict(), files.read_tensors(path), path.name)
     except WeightsError as error:
         return [str(error)]
+    return []
+
+
+def _vocabulary_problems(weights: str, description: folder.Description) -> list[str]:
+    from supir_model.errors import WeightsError  # noqa: PLC0415
+    from supir_model.text import read_words  # noqa: PLC0415
+
+    if description.model.text.kind != "sdxl":
+        return []
+    with tempfile.TemporaryDirectory() as temporary:
+        here = Path(temporary) / folder.TOKENIZER
+        here.mkdir()
+        for name in folder.VOCABULARY:
+            (here / name).write_bytes(store.read_bytes(store.join(weights, folder.TOKENIZER, name)))
+        try:
+            read_words(here, description.model.text.vocabulary)
+        except WeightsError as error:
+            return [str(error)]
     return []
 
 

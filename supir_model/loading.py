@@ -60,7 +60,7 @@ def load_networks(
         networks = build_on_meta(config)
         weights.load_into(networks, path, formats.of, device)
     if isinstance(networks.text, SDXLTextEncoder):
-        networks.text.words = read_words(tokenizer)
+        networks.text.words = read_words(tokenizer, config.text.vocabulary)
     networks.to(device)  # token positions are not among the weights
     return networks, config
 

@@ -145,15 +145,30 @@ def build_text_encoder(config: TextConfig) -> TextEncoder:
     return HashedTextEncoder(config) if config.kind == "hashed" else SDXLTextEncoder(config)
 
 
-def read_words(folder: Path) -> Words:
-    """CLIP's byte-pair vocabulary from a folder with vocab.json and merges.txt. Raises WeightsError without them."""
+def read_words(folder: Path, vocabulary: int) -> Words:
+    """CLIP's byte-pair vocabulary from a folder with vocab.json and merges.txt.
+
+    vocabulary: number of token embeddings, of which every id must be one. Raises WeightsError where the files are
+    missing, damaged or of another model.
+    """
     missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     if missing:
         raise WeightsError(
             f"CLIP vocabulary: {' and '.join(missing)} not found in '{folder.name}'; "
             "give the tokenizer folder of any SDXL model in diffusers layout"
         )
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        largest = max(tokenizer.get_vocab().values())
+    except Exception as error:  # on damaged files the reader raises anything
+        raise WeightsError(
+            f"CLIP vocabulary in '{folder.name}' cannot be read ({type(error).__name__}: {error}); fetch it again"
+        ) from error
+    if largest >= vocabulary:
+        raise WeightsError(
+            f"CLIP vocabulary in '{folder.name}' has ids up to {largest}, the text towers know {vocabulary} tokens; "
+            "give the tokenizer folder of an SDXL model"
+        )
 
     def words(prompt: str) -> list[int]:
         # verbose: prompts above 77 tokens are cut by the caller, no reason for a warning

@@ -197,6 +197,15 @@ def test_check_compares_names_and_shapes_of_the_weights(model: Path) -> None:
     assert "1 missing: control.hint.bias; 1 unexpected: stranger" in result.stderr
 
 
+@pytest.mark.parametrize("content", ["{", '{"a": 600}'])
+def test_check_reads_the_vocabulary(model: Path, content: str) -> None:
+    (model / "tokenizer" / "vocab.json").write_text(content)
+    record_again(model)
+    result = cli("models", "check", model)
+    assert result.exit_code == 2
+    assert "CLIP vocabulary in 'tokenizer' " in result.stderr
+
+
 def test_checksums_must_cover_everything_that_shapes_results(model: Path) -> None:
     data = json.loads((model / "checksums.json").read_text())
     del data["files"]["tokenizer/merges.txt"]

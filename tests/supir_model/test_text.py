@@ -56,14 +56,25 @@ def test_without_a_vocabulary_the_error_says_what_to_give() -> None:
 def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(WeightsError, match=r"merges\.txt not found"):
-        read_words(tmp_path)
+        read_words(tmp_path, 32)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [("{", "cannot be read"), ("[1, 2]", "cannot be read"), ('{"a": 32, "<|endoftext|>": 1}', "ids up to 32")],
+)
+def test_a_damaged_or_foreign_vocabulary_is_refused(tmp_path: Path, vocabulary: str, message: str) -> None:
+    (tmp_path / "vocab.json").write_text(vocabulary)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(WeightsError, match=message):
+        read_words(tmp_path, 32)
 
 
 def test_a_vocabulary_in_clips_format_is_read(tmp_path: Path) -> None:
     tokens = ["a", "b", "c", ",", "a</w>", "b</w>", "c</w>", ",</w>", "ab</w>", "<|startoftext|>", "<|endoftext|>"]
     (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b</w>\n")
-    words = read_words(tmp_path)
+    words = read_words(tmp_path, 32)
     assert words("AB,  c a") == [8, 7, 6, 4]
     assert words("") == []
     assert len(words("a " * 200)) == 200  # cutting is the encoder's business, and no warning is given
