@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from supir_batch.driver import Summary
     from supir_batch.plan import Plan
     from supir_batch.settings import Manifest
+    from supir_batch.types import Job
 
 _SHOWN = 20  # entries of a list for people; --json has them all
 
@@ -184,6 +185,65 @@ def report(output: OutputArgument, debug: DebugOption = False) -> None:
         typer.echo(build_report(_output_uri(output)))
 
 
+@app.command()
+def evaluate(
+    source: Annotated[str, typer.Argument(metavar="MANIFEST|FOLDER", help="Photographs to degrade and restore.")],
+    output: Annotated[str, typer.Option(help="Folder for the results.")] = "evaluation",
+    degradation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="D1, D2, SRx4, SRx8, blur-SRx4, SRx4-noise, blur-SRx4-noise-JPEG, or none: for photographs that are "
+            "damaged already. Repeatable; left out: D1 and D2."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many photographs.")] = None,
+    no_text: Annotated[bool, typer.Option("--no-text", help="Also sample without any prompt.")] = False,
+    no_negative: Annotated[bool, typer.Option("--no-negative", help="Also sample without negative prompt.")] = False,
+    no_restoration: Annotated[
+        bool, typer.Option("--no-restoration", help="Also sample without restoration guidance.")
+    ] = False,
+    tau: Annotated[
+        list[float] | None, typer.Option(min=0.01, help="Also sample with this restoration tau. Repeatable.")
+    ] = None,
+    overrides: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Measure a model: degrade photographs, restore them in several ways, compare with what they were."""
+    with _errors(debug):
+        from supir_batch import store
+        from supir_batch.settings import load_manifest, manifest_of_folder
+
+        pairs = _pairs(overrides)
+        if store.is_folder(source):
+            loaded = manifest_of_folder(source, output, pairs)
+        else:  # where a run of this manifest would write to does not matter here
+            loaded = load_manifest(source, {**pairs, "output.uri": output})
+        jobs = _jobs_to_evaluate(_plan_of(loaded, source), limit)
+
+        from supir_batch.evaluate import Ablations, compare
+        from supir_batch.evaluation_report import Evaluation
+
+        ablations = Ablations(no_text, no_negative, no_restoration, tuple(tau or ()))
+        evaluation = Evaluation()
+        for comparison in compare(jobs, loaded.runtime.device, degradation or ["D1", "D2"], ablations):
+            evaluation.add(comparison)
+            scores = [f"{name} {value['psnr']:.2f} dB" for name, value in comparison.values.items() if value["psnr"]]
+            typer.echo(f"{comparison.image}, {comparison.degradation}: {'; '.join(scores) or 'restored'}", err=True)
+        command = f"supir-batch {shlex.join(sys.argv[1:])}"
+        typer.echo(evaluation.write(loaded.output.uri, jobs[0].settings, command))
+
+
+def _jobs_to_evaluate(plan: Plan, limit: int | None) -> list[Job]:
+    if plan.refused:
+        raise ManifestError("\n".join(refused.failure.message for refused in plan.refused[:_SHOWN]))
+    jobs = [todo.job for todo in plan.todo][:limit]
+    if not jobs:
+        raise ManifestError(
+            "there is nothing to evaluate: every image is in the run log of --output; name a new folder"
+        )
+    return jobs
+
+
 # --- models --------------------------------------------------------------------------------------------------------
 
 models_app = typer.Typer(no_args_is_help=True, help="Bring models here, convert them, and see whether they are whole.")
@@ -302,17 +362,25 @@ def _complain(error: Exception, debug: bool) -> None:
 def _load(manifest_uri: str, overrides: list[str] | None) -> Manifest:
     from supir_batch.settings import load_manifest
 
+    return load_manifest(manifest_uri, _pairs(overrides))
+
+
+def _pairs(overrides: list[str] | None) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for override in overrides or []:
         key, equals, value = override.partition("=")
         if not equals:
             raise ManifestError(f"--set {override}: has no '='; write a key and a value, such as engine.steps=20")
         pairs[key.strip()] = value
-    return load_manifest(manifest_uri, pairs)
+    return pairs
 
 
 def _plan(manifest_uri: str, overrides: list[str] | None) -> tuple[Manifest, Plan]:
     loaded = _load(manifest_uri, overrides)
+    return loaded, _plan_of(loaded, manifest_uri)
+
+
+def _plan_of(loaded: Manifest, manifest_uri: str) -> Plan:
     from supir_batch.plan import make_plan
 
     model_sha256, captioner_identity = "", ""
@@ -322,7 +390,7 @@ def _plan(manifest_uri: str, overrides: list[str] | None) -> tuple[Manifest, Pla
         model_sha256 = model_folder.model_sha256(loaded.engine.weights)
         if loaded.caption.mode == "llava" and loaded.caption.model is not None:
             captioner_identity = captioner.identity(loaded.caption.model, loaded.caption.revision)
-    return loaded, make_plan(loaded, manifest_uri, model_sha256, captioner_identity)
+    return make_plan(loaded, manifest_uri, model_sha256, captioner_identity)
 
 
 def _output_uri(output: str) -> str:

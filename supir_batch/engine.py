@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from supir_batch import model_folder
 from supir_batch.errors import ImageError
 from supir_batch.types import FloatImage, ModelRef, Settings, TileTicket
+from supir_model.config import SamplingDefaults
 
 if TYPE_CHECKING:
     from supir_model.model import Request, Sampling, SupirModel
-    from supir_model.sampler import SamplerSettings
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -46,17 +47,17 @@ class SupirEngine:
         from supir_model.model import SupirModel  # noqa: PLC0415
 
         fix_threads()
-        self._model: SupirModel = SupirModel.load(
+        self.model: SupirModel = SupirModel.load(
             model_folder.local(model.uri), None if device == "auto" else device, model.precision
         )
-        self.device = str(self._model.device)
+        self.device = str(self.model.device)
 
     def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
         """Sample each tile with its own seed, prompt and place in the image."""
         restored: list[FloatImage | None] = [None] * len(tickets)
         for sampling, members in self._by_sampling(tickets).items():
             requests = [self._request(tickets[i], tiles[i]) for i in members]
-            for i, tensor in zip(members, self._model.restore(requests, sampling), strict=True):
+            for i, tensor in zip(members, self.model.restore(requests, sampling), strict=True):
                 restored[i] = ((tensor + 1) / 2).permute(1, 2, 0).contiguous().numpy()
         return [tile for tile in restored if tile is not None]
 
@@ -103,37 +104,13 @@ def sampling_of(settings: Settings) -> Sampling:
     from supir_model.model import Sampling  # noqa: PLC0415
     from supir_model.vae_tiling import WHOLE, VAETiling  # noqa: PLC0415
 
-    return Sampling(
-        sampler=_sampler_of(settings),
-        cfg_start=settings.cfg_start,
-        cfg_end=settings.cfg_end,
-        color_fix=settings.color_fix,
-        vae_tiling=WHOLE if settings.vae_tiling == "off" else VAETiling(settings.vae_tiling, settings.vae_tile),
+    values: dict[str, Any] = {field.name: getattr(settings, field.name) for field in fields(SamplingDefaults)}
+    return Sampling.of(
+        SamplingDefaults(**values),
+        settings.window,
+        settings.stride,
+        WHOLE if settings.vae_tiling == "off" else VAETiling(settings.vae_tiling, settings.vae_tile),
         clip=settings.geometry != "released",
-    )
-
-
-def _sampler_of(settings: Settings) -> SamplerSettings:
-    from supir_model.sampler import DPMPP2MSettings, EDMSettings  # noqa: PLC0415
-
-    if settings.sampler == "dpmpp_2m_sde":
-        return DPMPP2MSettings(
-            steps=settings.steps,
-            eta=settings.eta,
-            noise=settings.noise,
-            restoration_tau=settings.restoration_tau,
-            control_scale=settings.control_scale,
-            window=settings.window,
-            stride=settings.stride,
-        )
-    return EDMSettings(
-        steps=settings.steps,
-        restoration_tau=settings.restoration_tau,
-        churn=settings.churn,
-        noise=settings.noise,
-        control_scale=settings.control_scale,
-        window=settings.window,
-        stride=settings.stride,
     )
 
 

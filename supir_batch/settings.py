@@ -377,7 +377,21 @@ def load_manifest(
     """
     if not store.exists(uri):
         raise ManifestError(f"{uri}: no such manifest; give the path of a YAML file")
-    data = _parse_yaml(store.read_text(uri), uri)
+    return _layered(_parse_yaml(store.read_text(uri), uri), uri, overrides, environ)
+
+
+def manifest_of_folder(
+    folder: str, output: str, overrides: Mapping[str, str] | None = None, environ: Mapping[str, str] | None = None
+) -> Manifest:
+    """The manifest that names a folder, an output and nothing else, with the layers of ``load_manifest``."""
+    here = store.resolve(os.getcwd(), folder)
+    data = {"inputs": [here], "output": {"uri": store.resolve(os.getcwd(), output)}}
+    return _layered(data, folder, overrides, environ)
+
+
+def _layered(
+    data: dict[str, Any], uri: str, overrides: Mapping[str, str] | None, environ: Mapping[str, str] | None
+) -> Manifest:
     origins = dict.fromkeys(_leaves(data), "manifest")
     _make_absolute(data, store.parent(store.resolve(os.getcwd(), uri)))
 

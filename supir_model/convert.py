@@ -15,6 +15,7 @@ from supir_model import folder, weights
 from supir_model.errors import WeightsError
 from supir_model.folder import Checksums, Description, SourceFile
 from supir_model.loading import load_networks
+from supir_model.networks import Networks
 from supir_model.weights import Checkpoint
 
 _ROLES = {
@@ -31,23 +32,38 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: Literal["float32", "flo
     The same files give the same bytes. float32 keeps every value of its sources; float16 halves the file and rounds.
     Raises WeightsError when a source does not fit, or ``target`` exists.
     """
-    if target.exists() or target.is_symlink():
-        raise WeightsError(f"'{target}' exists and is not overwritten; choose another folder or remove it")
+    _refuse_existing(target)
     made_of = weights.sources(checkpoint)
     networks, _ = load_networks(checkpoint, torch.device("cpu"))
     config = replace(checkpoint.config, display_name=_display_name(checkpoint))
+    return write(networks, Description(folder.FORMAT, config, made_of), target, dtype, checkpoint.tokenizer_folder)
+
+
+def write(
+    networks: Networks,
+    description: Description,
+    target: Path,
+    dtype: Literal["float32", "float16"],
+    tokenizer: Path | None = None,
+) -> Checksums:
+    """Write networks on the CPU as model folder ``target``, which must not exist, with a vocabulary if they need one.
+
+    Raises WeightsError when ``target`` exists.
+    """
+    _refuse_existing(target)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
-        (partial / folder.TOKENIZER).mkdir(parents=True)
+        partial.mkdir(parents=True)
         kind = getattr(torch, dtype)
         state = {key: value.to(kind).contiguous() for key, value in networks.state_dict().items()}
         save_file(state, partial / folder.WEIGHTS, metadata={"format": "pt"})  # one entry: its order is not fixed
-        for name in folder.VOCABULARY:
-            shutil.copyfile(checkpoint.tokenizer_folder / name, partial / folder.TOKENIZER / name)
-        description = Description(folder.FORMAT, config, made_of)
+        if tokenizer is not None:
+            (partial / folder.TOKENIZER).mkdir()
+            for name in folder.VOCABULARY:
+                shutil.copyfile(tokenizer / name, partial / folder.TOKENIZER / name)
         (partial / folder.CONFIG).write_text(folder.to_text(description), "utf-8")
-        sums = {name: folder.file_sum(partial / name) for name in folder.needed_files(config)}
+        sums = {name: folder.file_sum(partial / name) for name in folder.needed_files(description.model)}
         checksums = Checksums(folder.FORMAT, sums)
         (partial / folder.CARD).write_text(card(description, checksums, dtype), "utf-8")
         (partial / folder.CHECKSUMS).write_text(folder.to_text(checksums), "utf-8")
@@ -56,6 +72,11 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: Literal["float32", "flo
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return checksums
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise WeightsError(f"'{target}' exists and is not overwritten; choose another folder or remove it")
 
 
 def card(description: Description, checksums: Checksums, dtype: str) -> str:

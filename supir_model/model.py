@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from supir_model.color import fix_color
-from supir_model.config import ColorFix, ModelConfig, Precision
+from supir_model.config import ColorFix, ModelConfig, Precision, SamplingDefaults
 from supir_model.denoiser import Origin, denoise, guide, linear_cfg
 from supir_model.errors import RequestError
 from supir_model.loading import FORMATS, load_networks, load_vae
 from supir_model.networks import Conditioning, Networks
 from supir_model.noise import latent_noise
-from supir_model.sampler import SamplerSettings, Window, sample, windows_of
+from supir_model.sampler import DPMPP2MSettings, EDMSettings, SamplerSettings, Window, sample, windows_of
 from supir_model.vae import RobustVAE
 from supir_model.vae_tiling import WHOLE, VAETiling
 from supir_model.weights import Checkpoint
@@ -42,6 +42,34 @@ class Sampling:
     color_fix: ColorFix
     vae_tiling: VAETiling = WHOLE
     clip: bool = True
+
+    @classmethod
+    def of(
+        cls, values: SamplingDefaults, window: int, stride: int, vae_tiling: VAETiling = WHOLE, clip: bool = True
+    ) -> Self:
+        """A preset, or what a user made of one, with windows and steps between them in latent positions."""
+        sampler: SamplerSettings
+        if values.sampler == "dpmpp_2m_sde":
+            sampler = DPMPP2MSettings(
+                steps=values.steps,
+                eta=values.eta,
+                noise=values.noise,
+                restoration_tau=values.restoration_tau,
+                control_scale=values.control_scale,
+                window=window,
+                stride=stride,
+            )
+        else:
+            sampler = EDMSettings(
+                steps=values.steps,
+                restoration_tau=values.restoration_tau,
+                churn=values.churn,
+                noise=values.noise,
+                control_scale=values.control_scale,
+                window=window,
+                stride=stride,
+            )
+        return cls(sampler, values.cfg_start, values.cfg_end, values.color_fix, vae_tiling, clip)
 
 
 @dataclass(frozen=True)
@@ -86,6 +114,14 @@ class FirstStage:
     def see(self, image: Tensor) -> Tensor:
         """[3, H, W] to [3, H, W], both in [-1, 1]."""
         decoded = self.decode(self.encode_robust(self.pad(image)))
+        return decoded[0, :, : image.shape[1], : image.shape[2]].clamp(-1, 1)
+
+    @torch.inference_mode()
+    def encode_decode(self, image: Tensor) -> Tensor:
+        """What the ordinary encoder and the decoder keep of a clean image: no restoration can come closer."""
+        padded = self.pad(image)
+        with autocast(self.device, self._dtype):
+            decoded = self.vae.decode(self.vae.encode(padded)).float()
         return decoded[0, :, : image.shape[1], : image.shape[2]].clamp(-1, 1)
 
     def encode_robust(self, image: Tensor, tiling: VAETiling = WHOLE) -> Tensor:
@@ -150,6 +186,10 @@ class SupirModel:
     def first_stage(self, image: Tensor) -> Tensor:
         """What the robust encoder sees behind a degraded image: [3, H, W] to [3, H, W], both in [-1, 1]."""
         return self._first.see(image)
+
+    def encode_decode(self, image: Tensor) -> Tensor:
+        """What the autoencoder keeps of a clean image: [3, H, W] to [3, H, W], both in [-1, 1]."""
+        return self._first.encode_decode(image)
 
     @torch.inference_mode()
     def restore(self, requests: Sequence[Request], sampling: Sampling) -> list[Tensor]:

@@ -27,6 +27,7 @@ SUPIR_MODEL = [
     "denoiser",
     "sampler",
     "color",
+    "metrics",
     "caption",
     "llava",
     "checkpoint_keys",
@@ -39,7 +40,6 @@ SUPIR_MODEL = [
     "training.datasets",
     "training.stages",
     "training.loop",
-    "training.evaluate",
     "training.__main__",
 ]
 SUPIR_BATCH = [
@@ -74,6 +74,8 @@ SUPIR_BATCH = [
     "progress",
     "driver",
     "caption_list",
+    "evaluate",
+    "evaluation_report",
     "cli",
     "__main__",
     "demo",
@@ -161,8 +163,10 @@ def test_the_pipeline_reaches_torch_only_through_the_engine() -> None:
                 "supir_batch.engine",
                 "supir_batch.models",
                 "supir_batch.captioner",
+                "supir_batch.evaluate",
+                "supir_batch.evaluation_report",
                 "supir_batch.demo",
-            ):  # models converts and checks weights; the demo degrades photographs as training does
+            ):  # models converts and checks weights; evaluate and demo degrade photographs as training does
                 assert not tops & {"torch", "diffusers", "transformers"}, module
                 assert not {n for n in named if n.startswith("supir_model")} - {
                     "supir_model.config",

@@ -7,18 +7,17 @@ stage before it (vae starts from scratch) and replaces it when done; a stage tha
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from supir_model.config import TINY
-from supir_model.model import SupirModel
+from supir_model.convert import write
+from supir_model.folder import FORMAT, Description
 from supir_model.networks import Networks
 from supir_model.training.datasets import PhotographCrops, load_images
 from supir_model.training.degradations import Degradation
-from supir_model.training.evaluate import DEGRADATIONS, evaluate, sampling_of
 from supir_model.training.loop import LoopConfig, train
 from supir_model.training.stages import (
     AutoencoderStage,
@@ -41,10 +40,7 @@ def main() -> None:
     if arguments.stage != "vae":
         networks.load_state_dict(load_file(model_file), strict=True)
     if arguments.stage == "export":
-        state = {key: value.half().contiguous() for key, value in networks.state_dict().items()}
-        save_file(state, arguments.run / "supir-tiny.safetensors")
-    elif arguments.stage == "evaluate":
-        _evaluate(networks, arguments)
+        write(networks, Description(FORMAT, TINY, ()), arguments.run / "model", "float16")
     else:
         _train(networks, arguments)
         partial = model_file.with_suffix(".partial")
@@ -56,9 +52,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m supir_model.training", description=__doc__)
     parser.add_argument(
         "stage",
-        choices=[*STAGES, "evaluate", "export"],
-        help="a stage to train; evaluate: measure FOLDER/model.safetensors on --data; "
-        "export: write FOLDER/supir-tiny.safetensors in half precision",
+        choices=[*STAGES, "export"],
+        help="a stage to train; export: write FOLDER/model, a model folder that a manifest can name, in half precision",
     )
     parser.add_argument("--run", type=Path, required=True, help="folder for checkpoints and metrics")
     parser.add_argument("--data", type=Path, help="folder of photographs")
@@ -69,21 +64,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--half-precision", action="store_true", help="bf16 inside the networks")
-    parser.add_argument("--degradation", choices=DEGRADATIONS, default="D1", help="evaluate: how inputs are damaged")
-    parser.add_argument("--limit", type=int, help="evaluate: how many photographs")
-    parser.add_argument("--preset", default="fidelity", help="evaluate: preset of the model")
-    parser.add_argument("--pictures", type=Path, help="evaluate: folder for comparison strips")
     arguments = parser.parse_args()
     if arguments.data is None and arguments.stage != "export":
         parser.error("--data is required")
     return arguments
-
-
-def _evaluate(networks: Networks, arguments: argparse.Namespace) -> None:
-    model = SupirModel(networks.to(arguments.device), TINY, torch.device(arguments.device))
-    sampling = sampling_of(model, TINY.presets[arguments.preset])
-    images = load_images(arguments.data)[: arguments.limit]
-    print(json.dumps(evaluate(model, images, arguments.degradation, sampling, arguments.pictures)))
 
 
 def _train(networks: Networks, arguments: argparse.Namespace) -> None:

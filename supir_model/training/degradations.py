@@ -566,15 +566,49 @@ def degrade_by_strength(clean: Tensor, mix: Degradation, generator: Generator) -
 # ---------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def d1(x: Tensor, generator: Generator) -> Tensor:
-    """Benchmark D1: Gaussian blur of 1.2 pixels, Gaussian noise of 25 levels, JPEG at quality 40, in this order."""
-    ones = torch.ones(x.shape[0], device=x.device)
-    return jpeg(add_gaussian_noise(gaussian_blur(x, 1.2 * ones), 25.0 * ones, generator), 40.0 * ones)
-
-
-@torch.no_grad()
-def d2(x: Tensor) -> Tensor:
-    """Benchmark D2: halved with antialiased bicubic resampling and brought back to its size with bicubic resampling."""
+def shrink(x: Tensor, factor: int) -> Tensor:
+    """Reduce both sides by ``factor``, antialiased bicubic, at least to 1 pixel."""
     height, width = x.shape[-2:]
-    return resize(resize(x, (max(1, height // 2), max(1, width // 2)), "bicubic"), (height, width), "bicubic")
+    return resize(x, (max(1, round(height / factor)), max(1, round(width / factor))), "bicubic")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One fixed degradation; the result may be smaller than the image. Values in pixels, 8-bit levels, JPEG quality."""
+
+    blur: float = 0.0
+    factor: int = 1
+    noise: float = 0.0
+    quality: int | None = None
+
+    @torch.no_grad()
+    def apply(self, x: Tensor, generator: Generator) -> Tensor:
+        """Degrade [B, 3, H, W] in [-1, 1]: blur, shrink, noise, JPEG, in this order."""
+        ones = torch.ones(x.shape[0], device=x.device)
+        if self.blur > 0:
+            x = gaussian_blur(x, self.blur * ones)
+        x = shrink(x, self.factor)
+        if self.noise > 0:
+            x = add_gaussian_noise(x, self.noise * ones, generator)
+        return x if self.quality is None else jpeg(x, self.quality * ones)
+
+    def __str__(self) -> str:
+        parts = [
+            f"blur {self.blur:g}" if self.blur else "",
+            f"1/{self.factor} of the size" if self.factor > 1 else "",
+            f"noise {self.noise:g}" if self.noise else "",
+            f"JPEG {self.quality}" if self.quality else "",
+        ]
+        return ", ".join(part for part in parts if part) or "as it is"
+
+
+# D1 and D2 are this project's; the other five are those of SUPIR (Yu et al. 2024), table 1
+BENCHMARKS: dict[str, Benchmark] = {
+    "D1": Benchmark(blur=1.2, noise=25, quality=40),
+    "D2": Benchmark(factor=2),
+    "SRx4": Benchmark(factor=4),
+    "SRx8": Benchmark(factor=8),
+    "blur-SRx4": Benchmark(blur=2, factor=4),
+    "SRx4-noise": Benchmark(factor=4, noise=40),
+    "blur-SRx4-noise-JPEG": Benchmark(blur=2, factor=4, noise=20, quality=50),
+}

@@ -8,9 +8,8 @@ import torch
 
 from supir_model.caption import describe
 from supir_model.config import TINY
-from supir_model.model import Request, SupirModel
-from supir_model.training.degradations import d1
-from supir_model.training.evaluate import sampling_of
+from supir_model.model import Request, Sampling, SupirModel
+from supir_model.training.degradations import BENCHMARKS
 
 PHOTOGRAPHS = {"astronaut": (0, 140), "coffee": (80, 180), "chelsea": (40, 120)}
 
@@ -22,12 +21,12 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.slow
 def test_sampled_results_beat_their_inputs() -> None:
     model = SupirModel.load("tiny", device="cpu")
-    sampling = sampling_of(model, TINY.presets["fidelity"])
+    sampling = Sampling.of(TINY.presets["fidelity"], TINY.window, TINY.stride)
     gains = {}
     for name, (top, left) in PHOTOGRAPHS.items():
         pixels = getattr(skimage.data, name)()[top : top + 192, left : left + 192]
         clean = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
-        lq = d1(clean[None], torch.Generator().manual_seed(0))[0]
+        lq = BENCHMARKS["D1"].apply(clean[None], torch.Generator().manual_seed(0))[0]
         prompt = describe(model.first_stage(lq)[None])[0] + TINY.positive_prompt
         restored = model.restore([Request(lq, prompt, TINY.negative_prompt, seed=0)], sampling)[0]
         gains[name] = psnr(restored, clean) - psnr(lq, clean)

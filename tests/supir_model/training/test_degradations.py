@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,16 +15,17 @@ from torch import Generator, Tensor
 
 from supir_model.errors import RequestError
 from supir_model.training.degradations import (
+    BENCHMARKS,
     RESIZE_MODES,
+    Benchmark,
     Damage,
     Degradation,
     ResizeMode,
     Tone,
     add_gaussian_noise,
     add_poisson_noise,
-    d1,
-    d2,
     degrade,
+    degrade_by_strength,
     dust,
     fade,
     gaussian_blur,
@@ -324,26 +327,46 @@ class TestDegrade:
             Degradation(**shares)
 
 
-class TestFixed:
-    def test_d1_of_a_photograph(self, photograph: Tensor) -> None:
-        y = d1(photograph, seeded())
-        assert 20.0 < psnr(y, photograph) < 25.0
-        assert torch.equal(y, d1(photograph, seeded()))
+class TestByStrength:
+    def test_every_group_has_a_strength_of_its_own(self) -> None:
+        mix = Degradation(untouched=0.0, archive=0.0, halftone=0.0, monochrome=0.0, sepia=0.0)
+        clean = torch.zeros(64, 3, 32, 32)
+        batch = degrade_by_strength(clean, mix, seeded(1))
+        assert torch.equal(batch.target, clean)
+        of_group = batch.lq.square().mean(dim=(1, 2, 3)).view(16, 4).mean(dim=1)
+        assert of_group.max() > 10 * of_group.min()
+        assert torch.equal(batch.lq, degrade_by_strength(clean, mix, seeded(1)).lq)
 
-    def test_d2_of_a_photograph(self, photograph: Tensor) -> None:
-        y = d2(photograph)
-        assert y.shape == photograph.shape
-        assert 27.0 < psnr(y, photograph) < 33.0
+    def test_a_batch_that_is_no_multiple_keeps_its_size(self, crops: Tensor) -> None:
+        batch = degrade_by_strength(crops[:3], Degradation(), seeded())
+        assert batch.lq.shape == batch.target.shape == crops[:3].shape
+        assert len(batch.damage) == len(batch.tone) == 3
+
+
+class TestBenchmarks:
+    def test_d1_of_a_photograph(self, photograph: Tensor) -> None:
+        y = BENCHMARKS["D1"].apply(photograph, seeded())
+        assert 20.0 < psnr(y, photograph) < 25.0
+        assert torch.equal(y, BENCHMARKS["D1"].apply(photograph, seeded()))
 
     def test_d2_agrees_with_pillow(self, photograph: Tensor) -> None:
-        image = Image.fromarray(data.astronaut())
-        small = image.resize((256, 256), Image.Resampling.BICUBIC)
-        reference = to_tensor(np.array(small.resize((512, 512), Image.Resampling.BICUBIC)))
+        small = Image.fromarray(data.astronaut()).resize((256, 256), Image.Resampling.BICUBIC)
         # What remains is Pillow's rounding to 8 bits.
-        assert psnr(d2(photograph), reference) > 50.0
+        assert psnr(BENCHMARKS["D2"].apply(photograph, seeded()), to_tensor(np.array(small))) > 50.0
 
-    def test_d2_of_an_odd_size(self, photograph: Tensor) -> None:
-        assert d2(photograph[..., :33, :1]).shape == (1, 3, 33, 1)
+    @pytest.mark.parametrize(("name", "side"), [("SRx4", 9), ("SRx8", 5), ("blur-SRx4-noise-JPEG", 9)])
+    def test_sizes(self, photograph: Tensor, name: str, side: int) -> None:
+        assert BENCHMARKS[name].apply(photograph[..., :37, :1], seeded()).shape == (1, 3, side, 1)
+
+    def test_every_part_is_applied_and_said(self, photograph: Tensor) -> None:
+        whole = Benchmark(blur=2.0, factor=2, noise=20.0, quality=50)
+        results = [whole, *(replace(whole, **{part: off}) for part, off in (("blur", 0.0), ("noise", 0.0)))]
+        results += [replace(whole, quality=None), replace(whole, factor=1)]
+        images = [one.apply(photograph, seeded()) for one in results]
+        assert all(a.shape != b.shape or not torch.equal(a, b) for a, b in itertools.combinations(images, 2))
+        assert len({str(one) for one in results}) == len(results)
+        assert str(whole) == "blur 2, 1/2 of the size, noise 20, JPEG 50"
+        assert torch.equal(Benchmark().apply(photograph, seeded()), photograph)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 8, 8).double()])
