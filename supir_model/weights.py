@@ -173,7 +173,7 @@ def read_checkpoint(checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> dic
     state: dict[str, Tensor] = {}
     label = _released_name(checkpoint.config)
     if checkpoint.base.is_dir():
-        state = _read_diffusers(checkpoint.base)
+        state = read_diffusers(checkpoint.base)
         label = str
     else:
         base = read_tensors(checkpoint.base)
@@ -217,7 +217,7 @@ def _component_files(base: Path, component: str) -> list[Path]:
     )
 
 
-def _read_diffusers(base: Path) -> dict[str, Tensor]:
+def read_diffusers(base: Path) -> dict[str, Tensor]:
     """Weights of a diffusers folder under our names; what has no place keeps a name that shows where it is from."""
     state: dict[str, Tensor] = {}
     for component, (_, prefix) in _COMPONENTS.items():

@@ -38,8 +38,10 @@ SUPIR_MODEL = [
     "convert",
     "training.degradations",
     "training.datasets",
+    "training.recipe",
     "training.stages",
     "training.loop",
+    "training.start",
     "training.__main__",
 ]
 SUPIR_BATCH = [

@@ -1,8 +1,11 @@
-"""Photographs in memory and random crops of them, for training runs whose data set fits into memory."""
+"""Photographs on disk and random crops of them, with the captions that someone wrote for them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,23 +23,58 @@ DOWNSCALES = (Fraction(1), Fraction(2, 3), Fraction(1, 2))
 # Modes whose conversion to RGB is well defined. Transparency, 16-bit gray and CMYK need decisions that a training set
 # should not leave to a default of the imaging library.
 _MODES = ("RGB", "L")
+_READERS = 8  # files decoded at once
 
 
-def load_images(folder: Path) -> list[npt.NDArray[np.uint8]]:
-    """Read every file below a folder, in sorted order, as RGB arrays [H, W, 3] uint8, turned upright by Exif.
+@dataclass(frozen=True)
+class Batch:
+    """Crops to train on. clean: [B, 3, H, W] float32 in [-1, 1]. captions: one for each, "" where none is known."""
 
-    Nothing is skipped: a file that is no readable 8-bit RGB or gray image raises RequestError with its path, and so
-    does a folder without files. A folder that does not exist raises it too.
+    clean: Tensor
+    captions: tuple[str, ...]
+
+
+def find_photographs(source: Path) -> list[Path]:
+    """Every file below a folder, sorted; or the files that a text file names, one per line, relative to it.
+
+    Raises RequestError where there is no such folder or list, or where it names nothing.
     """
-    if not folder.is_dir():
-        raise RequestError(f"'{folder}' is not a folder; expected one with photographs")
-    paths = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    if source.is_dir():
+        paths = sorted(path for path in source.rglob("*") if not path.is_dir())
+    else:
+        try:
+            lines = source.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(
+                f"'{source}' is neither a folder with photographs nor a text file that lists them ({error})"
+            ) from error
+        paths = [source.parent / line.strip() for line in lines if line.strip()]
     if not paths:
-        raise RequestError(f"'{folder}' holds no files; expected photographs")
-    return [_load_image(path) for path in paths]
+        raise RequestError(f"'{source}' holds no files; expected photographs")
+    return paths
 
 
-def _load_image(path: Path) -> npt.NDArray[np.uint8]:
+def read_captions(path: Path) -> dict[str, str]:
+    """File name to caption from a TSV with two columns, file and caption, without a header.
+
+    Raises RequestError for a line of another shape, or a file that is named twice.
+    """
+    captions: dict[str, str] = {}
+    try:
+        with path.open(encoding="utf-8", newline="") as source:
+            for number, row in enumerate(csv.reader(source, delimiter="\t", quoting=csv.QUOTE_NONE), start=1):
+                if len(row) != 2 or not row[0]:
+                    raise RequestError(f"'{path}', line {number}: expected file, tab, caption; saw {row!r}")
+                if row[0] in captions:
+                    raise RequestError(f"'{path}', line {number}: '{row[0]}' already has a caption; remove one")
+                captions[row[0]] = row[1].strip()
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RequestError(f"captions '{path}' cannot be read: {error}") from error
+    return captions
+
+
+def load_image(path: Path) -> npt.NDArray[np.uint8]:
+    """A photograph as RGB [H, W, 3] uint8, turned upright by Exif. Raises RequestError for what is none."""
     try:
         with Image.open(path) as image:
             if image.mode not in _MODES:
@@ -51,56 +89,72 @@ def _load_image(path: Path) -> npt.NDArray[np.uint8]:
 
 
 class PhotographCrops:
-    """Random crops of photographs that are all held in memory as uint8, together with their downscaled copies.
+    """Random crops of photographs and of their downscaled copies.
 
-    images: RGB arrays [H, W, 3] uint8, at least one. device: where the pixels are kept and the batches are made; on a
-    GPU no transfer remains in the training loop. The copies need about 1.7 times the memory of the photographs.
+    paths: at least one photograph. captions: by file name; a photograph without one gets "". in_memory: keep all pixels
+    on ``device`` as uint8, with copies that need about 1.7 times the memory of the photographs; otherwise each crop
+    reads its file anew. device: where the batches are made.
     """
 
-    def __init__(self, images: Sequence[npt.NDArray[np.uint8]], device: torch.device | str = "cpu") -> None:
-        if not images:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        captions: Mapping[str, str] | None = None,
+        device: torch.device | str = "cpu",
+        in_memory: bool = True,
+    ) -> None:
+        if not paths:
             raise RequestError("no photographs to crop from")
         self.device = torch.device(device)
-        # One entry per photograph: its copies [H, W, 3] uint8, the full size first.
-        self._copies: list[list[Tensor]] = []
-        for index, image in enumerate(images):
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-                raise ValueError(f"photograph {index} must be [H, W, 3] uint8, got {list(image.shape)} {image.dtype}")
-            self._copies.append([torch.tensor(copy, device=self.device) for copy in _downscaled(image)])
-        # The photograph that limits the crop size.
-        self._smallest = min(range(len(images)), key=lambda i: min(images[i].shape[:2]))
+        self._paths = list(paths)
+        self._captions = [(captions or {}).get(path.name, "") for path in paths]
+        self._readers = ThreadPoolExecutor(_READERS)
+        self._held: list[list[Tensor]] | None = None
+        if in_memory:
+            self._held = [self._copies(image) for image in self._readers.map(load_image, self._paths)]
 
     def __len__(self) -> int:
         """The number of photographs."""
-        return len(self._copies)
+        return len(self._paths)
 
-    def batch(self, generator: Generator, batch_size: int, crop: int) -> Tensor:
-        """Draw crops [batch_size, 3, crop, crop] float32 in [-1, 1], on the device of the photographs.
+    def batch(self, generator: Generator, batch_size: int, crop: int) -> Batch:
+        """Draw ``batch_size`` crops of ``crop`` pixels a side.
 
         Each crop draws a photograph, one of its copies that is large enough, a position and a horizontal flip; the same
-        generator state gives the same batch. Raises RequestError where the crop is larger than some photograph.
+        generator state gives the same batch. Raises RequestError where the crop is larger than a photograph.
         """
         if batch_size < 1 or crop < 1:
             raise RequestError(f"batch size and crop must be at least 1, got {batch_size} and {crop}")
-        height, width = self._copies[self._smallest][0].shape[:2]
-        if crop > min(height, width):
-            raise RequestError(
-                f"crop {crop}x{crop} is larger than photograph {self._smallest}, "
-                f"which is {width}x{height} (width x height); crop smaller or remove it"
-            )
         # float64, so that the product with a large extent still reaches every position.
         draws = torch.rand((batch_size, 5), generator=generator, device=generator.device, dtype=torch.float64)
+        chosen = [int(u * len(self._paths)) for u in draws[:, 0].tolist()]
         crops = []
-        for u_photograph, u_copy, u_top, u_left, _ in draws.tolist():
-            copies = self._copies[int(u_photograph * len(self._copies))]
+        for index, copies, (_, u_copy, u_top, u_left, _) in zip(chosen, self._of(chosen), draws.tolist(), strict=True):
             usable = [copy for copy in copies if min(copy.shape[:2]) >= crop]
+            if not usable:
+                height, width = copies[0].shape[:2]
+                raise RequestError(
+                    f"crop {crop}x{crop} is larger than '{self._paths[index].name}', "
+                    f"which is {width}x{height} (width x height); crop smaller or remove it"
+                )
             copy = usable[int(u_copy * len(usable))]
             top = int(u_top * (copy.shape[0] - crop + 1))
             left = int(u_left * (copy.shape[1] - crop + 1))
             crops.append(copy[top : top + crop, left : left + crop])
         pixels = torch.stack(crops).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
         flipped = (draws[:, 4] < 0.5).to(self.device).view(-1, 1, 1, 1)
-        return torch.where(flipped, pixels.flip(-1), pixels).contiguous()
+        clean = torch.where(flipped, pixels.flip(-1), pixels).contiguous()
+        return Batch(clean, tuple(self._captions[index] for index in chosen))
+
+    def _of(self, chosen: Sequence[int]) -> list[list[Tensor]]:
+        """The copies of the chosen photographs, full size first."""
+        if self._held is not None:
+            return [self._held[index] for index in chosen]
+        images = self._readers.map(load_image, [self._paths[index] for index in chosen])
+        return [self._copies(image) for image in images]
+
+    def _copies(self, image: npt.NDArray[np.uint8]) -> list[Tensor]:
+        return [torch.tensor(copy, device=self.device) for copy in _downscaled(image)]
 
 
 def _downscaled(image: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:

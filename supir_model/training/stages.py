@@ -8,9 +8,9 @@ other with the prior frozen; ``joint`` trains both together, which a small prior
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor, nn
@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from supir_model.caption import describe
 from supir_model.denoiser import Origin, denoise, sigma_table
 from supir_model.networks import Conditioning, Networks
-from supir_model.training.degradations import Degradation, degrade
+from supir_model.training.datasets import Batch
+from supir_model.training.degradations import degrade_by_strength
+from supir_model.training.recipe import DiffusionRecipe, RobustEncoderRecipe, VAERecipe
 from supir_model.vae import RobustVAE, ShortcutEncoder
-
-DiffusionPart = Literal["prior", "control", "joint"]
 
 
 class Stage(Protocol):
@@ -32,8 +32,12 @@ class Stage(Protocol):
         """The modules this stage trains; everything else stays frozen."""
         ...
 
-    def loss(self, clean: Tensor, progress: float, generator: Generator) -> tuple[Tensor, dict[str, float]]:
-        """Loss and metrics of clean crops [B, 3, H, W] in [-1, 1]; progress: [0, 1] of the stage."""
+    def loss(self, batch: Batch, generator: Generator) -> tuple[Tensor, dict[str, float]]:
+        """Loss and metrics of a batch; all that is random is drawn from the generator."""
+        ...
+
+    def pictures(self, batch: Batch, generator: Generator) -> list[Tensor]:
+        """What the stage makes of a batch, for people: columns [B, 3, H, W], the target last."""
         ...
 
     def finish(self, clean: Tensor) -> None:
@@ -84,6 +88,7 @@ class AutoencoderStage:
     """Stage 0: the VAE on clean photographs; L1, gradients, spectrum and a light KL."""
 
     networks: Networks
+    recipe: VAERecipe
 
     def modules(self) -> Iterator[nn.Module]:
         """Encoder and decoder."""
@@ -93,16 +98,26 @@ class AutoencoderStage:
         if vae.decoder_shortcut is not None:
             yield vae.decoder_shortcut
 
-    def loss(self, clean: Tensor, progress: float, generator: Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: Batch, generator: Generator) -> tuple[Tensor, dict[str, float]]:
         """Reconstruction of sampled latents."""
-        vae = self.networks.vae
+        vae, recipe, clean = self.networks.vae, self.recipe, batch.clean
         mean, logvar = vae.moments(clean)
         noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
         decoded = vae.decode(vae.config.scale * (mean + torch.exp(0.5 * logvar) * noise)).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         l1 = F.l1_loss(decoded, clean)
-        loss = l1 + 0.25 * _gradient_l1(decoded, clean) + 0.05 * _spectrum_l1(decoded, clean) + 1e-6 * kl
+        loss = (
+            l1
+            + recipe.gradient * _gradient_l1(decoded, clean)
+            + recipe.spectrum * _spectrum_l1(decoded, clean)
+            + recipe.kl * kl
+        )
         return loss, {"psnr": _psnr(decoded, clean), "kl": kl.item()}
+
+    def pictures(self, batch: Batch, generator: Generator) -> list[Tensor]:
+        """Decoded, and the original."""
+        vae = self.networks.vae
+        return [vae.decode(vae.encode(batch.clean)).float(), batch.clean]
 
     def finish(self, clean: Tensor) -> None:
         """Give the latents unit variance and start the robust encoder as a copy of the ordinary one."""
@@ -116,102 +131,151 @@ class AutoencoderStage:
 
 @dataclass(frozen=True)
 class RobustEncoderStage:
-    """Stage 1: the robust encoder on degraded photographs, decoder frozen (SUPIR, equation 1)."""
+    """Stage 1: the robust encoder on degraded photographs, decoder frozen (SUPIR, equation 1).
+
+    channel_weight: [C], mean 1, what an error in each latent channel costs.
+    """
 
     networks: Networks
-    mix: Degradation
+    recipe: RobustEncoderRecipe
+    channel_weight: Tensor
 
     def modules(self) -> Iterator[nn.Module]:
         """The robust encoder."""
         yield self.networks.vae.robust_encoder
 
-    def loss(self, clean: Tensor, progress: float, generator: Generator) -> tuple[Tensor, dict[str, float]]:
-        """|D(E_dr(LQ)) - D(E_dr(GT))|^2, L1 to the clean image, and a light L1 to the clean latent."""
-        vae = self.networks.vae
-        pair = degrade(clean, _curriculum(self.mix, progress), generator)
-        latent = vae.encode_robust(pair.lq)
-        decoded = vae.decode(latent).float()
+    def loss(self, batch: Batch, generator: Generator) -> tuple[Tensor, dict[str, float]]:
+        """On images |D(E_dr(LQ)) - D(E_dr(GT))|^2 and L1 to the clean image; on latents a distance to the clean one."""
+        vae, recipe = self.networks.vae, self.recipe
+        pair = degrade_by_strength(batch.clean, recipe.degradation.degradation(), generator)
+        latent = vae.encode_robust(pair.lq).float()
         with torch.no_grad():
-            clean_latent = vae.encode(pair.target)
-            clean_decoded = vae.decode(vae.encode_robust(pair.target)).float()
-        loss = (
-            F.mse_loss(decoded, clean_decoded)
-            + F.l1_loss(decoded, pair.target)
-            + 0.25 * _gradient_l1(decoded, pair.target)
-            + 0.1 * F.l1_loss(latent, clean_latent)
-        )
-        return loss, {"psnr": _psnr(decoded, pair.target), "psnr_input": _psnr(pair.lq, pair.target)}
+            clean_latent = vae.encode(pair.target).float()
+        error = (latent - clean_latent).square().mean(dim=(0, 2, 3))
+        weighted = (self.channel_weight * error).mean()
+        loss = recipe.latent * (weighted + 0.1 * F.l1_loss(latent, clean_latent))
+        metrics = {"error": weighted.item()}
+        if recipe.image > 0:
+            decoded = vae.decode(latent).float()
+            with torch.no_grad():
+                clean_decoded = vae.decode(vae.encode_robust(pair.target)).float()
+            loss = loss + recipe.image * (
+                F.mse_loss(decoded, clean_decoded)
+                + F.l1_loss(decoded, pair.target)
+                + 0.25 * _gradient_l1(decoded, pair.target)
+            )
+            metrics |= {"psnr": _psnr(decoded, pair.target), "psnr_input": _psnr(pair.lq, pair.target)}
+        return loss, metrics
+
+    def pictures(self, batch: Batch, generator: Generator) -> list[Tensor]:
+        """Degraded, as the robust encoder sees it, and the original."""
+        vae = self.networks.vae
+        pair = degrade_by_strength(batch.clean, self.recipe.degradation.degradation(), generator)
+        return [pair.lq, vae.decode(vae.encode_robust(pair.lq)).float(), pair.target]
 
     def finish(self, clean: Tensor) -> None:
         """Nothing is left to do."""
 
 
 @torch.no_grad()
-def pixel_energy(vae: RobustVAE, clean: Tensor) -> Tensor:
-    """How much of an image each latent channel carries, [C], mean 1: squared change of the image without the channel.
+def channel_energy(vae: RobustVAE, clean: Tensor) -> Tensor:
+    """How much of an image each latent channel carries, [C], mean 1; half by its pixels, half by their differences.
 
-    Latents of unit variance hide that one channel may hold most of the picture. clean: [B, 3, H, W] in [-1, 1].
+    Measured as the squared change of the image without the channel. Latents of unit variance hide that one channel may
+    hold most of the picture, pixels alone that the others hold its detail. clean: [B, 3, H, W] in [-1, 1].
     """
     latent = vae.encode(clean)
     whole = vae.decode(latent)
-    energy = []
+    pixels, differences = [], []
     for channel in range(latent.shape[1]):
         without = latent.clone()
         without[:, channel] = latent[:, channel].mean()
-        energy.append((vae.decode(without) - whole).square().mean())
-    stacked = torch.stack(energy)
-    return stacked / stacked.mean()
+        change = vae.decode(without) - whole
+        pixels.append(change.square().mean())
+        differences.append(torch.stack([d.square().mean() for d in _image_gradients(change)]).mean())
+    shares = [torch.stack(energy) / torch.stack(energy).mean() for energy in (pixels, differences)]
+    return (shares[0] + shares[1]) / 2
 
 
 @dataclass(frozen=True)
 class DiffusionStage:
     """Stages 2 and 3: text-conditioned prior, control adaptor, or both together.
 
-    channel_weight: [C], mean 1, what an error in each latent channel costs. negative: share of samples whose target is
-    the degraded image under the negative prompt (SUPIR, section 3.3). drop_text: share without a caption.
-    max_weight: most that an error of the denoised latent may cost at small noise levels, where 1 is its cost at large
-    ones; in terms of min-SNR (Hang et al. 2023) snr + 1 is clamped, not snr, because with control even the largest
-    noise level leaves a picture to be predicted.
+    channel_weight: [C], mean 1, what an error in each latent channel costs. Of the recipe: negative is the share of
+    samples whose target is the degraded image under the negative prompt (SUPIR, section 3.3), drop_text the share
+    without a caption; max_weight is the most that an error of the denoised latent may cost at small noise levels, where
+    1 is its cost at large ones; in terms of min-SNR (Hang et al. 2023) snr + 1 is clamped, not snr, because with
+    control even the largest noise level leaves a picture to be predicted.
     """
 
     networks: Networks
-    mix: Degradation
-    part: DiffusionPart
+    recipe: DiffusionRecipe
     channel_weight: Tensor
-    drop_text: float = 0.1
-    negative: float = 0.15
-    max_weight: float = 6.0
 
     def modules(self) -> Iterator[nn.Module]:
         """Prior: UNet and text. Control: control encoder and connectors. Joint: all of them."""
         networks = self.networks
-        if self.part in ("prior", "joint"):
+        if self.recipe.stage in ("prior", "joint"):
             yield networks.unet.base
             yield networks.text
-        if self.part in ("control", "joint"):
+        if self.recipe.stage in ("control", "joint"):
             yield networks.control
             yield networks.unet.connectors
 
-    def loss(self, clean: Tensor, progress: float, generator: Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: Batch, generator: Generator) -> tuple[Tensor, dict[str, float]]:
         """Weighted error of the denoised latent on a uniformly drawn noise level."""
-        networks, config = self.networks, self.networks.config
-        device, size = clean.device, clean.shape[0]
-        pair = degrade(clean, _curriculum(self.mix, progress), generator)
+        recipe, size, device = self.recipe, len(batch.captions), batch.clean.device
+        pair = degrade_by_strength(batch.clean, recipe.degradation.degradation(), generator)
         uniform = torch.rand((3, size), generator=generator, device=generator.device).to(device)
-        negative = uniform[0] < self.negative
+        negative = uniform[0] < recipe.negative
         with torch.no_grad():
             target = torch.where(negative[:, None, None, None], pair.lq, pair.target)
-            latent = networks.vae.encode(target)
-            control_latent = networks.vae.encode_robust(pair.lq)
-        captions = describe(target)
+            latent = self.networks.vae.encode(target).float()
         prompts = [
-            config.negative_prompt if bad else ("" if dropped else caption + config.positive_prompt)
-            for caption, bad, dropped in zip(captions, negative, uniform[1] < self.drop_text, strict=True)
+            self.networks.config.negative_prompt if bad else ("" if dropped else prompt)
+            for prompt, bad, dropped in zip(
+                self._prompts(target, batch.captions), negative, uniform[1] < recipe.drop_text, strict=True
+            )
         ]
-        context, vector = networks.text(prompts)
-
         q = sigma_table().to(device)[(uniform[2] * 1000).long()]  # [B]
-        spread = q[:, None, None, None]
+        denoised, control_latent = self._denoise(pair.lq, latent, prompts, q, generator)
+        channels = self.channel_weight[None, :, None, None]
+        weight = (1 + 1 / q**2).clamp(max=recipe.max_weight)[:, None, None, None]
+        loss = (weight * channels * (denoised - latent).square()).mean()
+        return loss, {
+            "error": (channels * (denoised - latent).square()).mean().item(),
+            "error_control": (channels * (control_latent - latent).square()).mean().item(),
+        }
+
+    def pictures(self, batch: Batch, generator: Generator) -> list[Tensor]:
+        """Degraded, stage 1, denoised from the largest noise and from noise as strong as the picture, the original."""
+        vae = self.networks.vae
+        pair = degrade_by_strength(batch.clean, self.recipe.degradation.degradation(), generator)
+        latent = vae.encode(pair.target).float()
+        prompts = self._prompts(pair.target, batch.captions)
+        columns = [pair.lq, vae.decode(vae.encode_robust(pair.lq)).float()]
+        for q in (sigma_table()[-1], torch.ones(())):
+            levels = q.to(latent).expand(len(prompts))
+            denoised, _ = self._denoise(pair.lq, latent, prompts, levels, generator)
+            columns.append(vae.decode(denoised).float())
+        return [*columns, pair.target]
+
+    def _prompts(self, target: Tensor, captions: Sequence[str]) -> list[str]:
+        """What a photograph shows, as far as someone wrote it down, what it looks like, and the positive suffix."""
+        suffix = self.networks.config.positive_prompt
+        return [
+            (f"{caption}, {look}" if caption else look) + suffix
+            for caption, look in zip(captions, describe(target), strict=True)
+        ]
+
+    def _denoise(
+        self, lq: Tensor, latent: Tensor, prompts: Sequence[str], q: Tensor, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Latents denoised from noise levels q [B] under the control of degraded images, and the control latent."""
+        networks, config = self.networks, self.networks.config
+        with torch.no_grad():
+            control_latent = networks.vae.encode_robust(lq).float()
+        context, vector = networks.text(prompts)
         noise = torch.randn(latent.shape, generator=generator, device=generator.device).to(latent)
         conditioning = Conditioning(context, vector, control_latent)
 
@@ -219,24 +283,13 @@ class DiffusionStage:
             out: Tensor = networks(x_in, timestep, scale, conditioning)
             return out
 
-        scale = torch.full((size,), 0.0 if self.part == "prior" else 1.0, device=device)
+        scale = torch.full_like(q, 0.0 if self.recipe.stage == "prior" else 1.0)
         origin = Origin(control_latent, config.residual_std)
-        denoised = denoise(network, config.prediction, latent + spread * noise, q, scale, origin)
-        channels = self.channel_weight[None, :, None, None]
-        weight = (1 + 1 / spread**2).clamp(max=self.max_weight)
-        loss = (weight * channels * (denoised - latent).square()).mean()
-        return loss, {
-            "error": (channels * (denoised - latent).square()).mean().item(),
-            "error_control": (channels * (control_latent - latent).square()).mean().item(),
-        }
+        noisy = latent + q[:, None, None, None] * noise
+        return denoise(network, config.prediction, noisy, q, scale, origin), control_latent
 
     def finish(self, clean: Tensor) -> None:
         """Nothing is left to do."""
-
-
-def _curriculum(mix: Degradation, progress: float) -> Degradation:
-    """Mild at first; full strength from 40% of the stage on."""
-    return replace(mix, strength=mix.strength * min(1.0, 0.3 + progress / 0.4 * 0.7))
 
 
 def _psnr(a: Tensor, b: Tensor) -> float:
