@@ -14,6 +14,7 @@ Several GPUs or machines: torchrun --nproc-per-node N -m supir_model.training ..
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
 
@@ -159,7 +160,13 @@ def _export(given: argparse.Namespace) -> None:
     model_file = given.into / "model.safetensors"
     weights.check(networks.state_dict(), state := weights.read_tensors(model_file), str(model_file))
     networks.load_state_dict(state)
-    tokenizer = _tokenizer(given) if config.text.kind == "sdxl" else None
+    of_sdxl = config.text.kind == "sdxl"
+    tokenizer = _tokenizer(given) if of_sdxl else None
+    config = dataclasses.replace(  # a model of the same sizes is not the published one
+        config,
+        display_name=f"{given.into.resolve().name}, trained on {config.name}'s configuration",
+        license=f"as its trainer says{'; CreativeML Open RAIL++-M of SDXL applies' if of_sdxl else ''}",
+    )
     write(networks, Description(FORMAT, config, ()), given.into / "model", "float16", tokenizer)
 
 

@@ -55,6 +55,7 @@ def test_stages_follow_each_other_and_end_as_a_model_folder(photographs: Path, t
     assert json.loads((run / "joint/recipe.json").read_text())["steps"] == 2
     main(["export", "--into", str(run)])
     model = SupirModel.load(run / "model", "cpu")
+    assert model.config.display_name == "run, trained on tiny's configuration"
     state = load_file(run / "model.safetensors")
     assert torch.equal(model.networks.state_dict()["control.hint.bias"], state["control.hint.bias"].half().float())
 
@@ -147,6 +148,7 @@ def test_an_adaptor_of_ones_own_is_trained_and_restores(
     main(["export", "--into", str(run), "--tokenizer", str(published / "tokenizer")])
     model = SupirModel.load(run / "model", "cpu")
     assert model.config.control.transformer_depth == (0, 1)
+    assert model.config.license == "as its trainer says; CreativeML Open RAIL++-M of SDXL applies"
     sampling = Sampling.of(dataclasses.replace(SMALL.presets["fidelity"], steps=2), 16, 8)
     restored = model.restore([Request(torch.zeros(3, 40, 33), "a boat", "blurry", seed=1)], sampling)[0]
     assert restored.shape == (3, 40, 33)
