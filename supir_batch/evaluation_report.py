@@ -113,12 +113,12 @@ class Evaluation:
         lines = [f"# Evaluation of {settings.engine_name}", "", f"    {command}", "", *_conditions(settings), ""]
         for degradation in self._seen:
             rows = [row for row in self.rows if row["degradation"] == degradation]
-            lines += [*_table(degradation, rows), ""]
+            lines += [*_table(degradation, rows, self.photographs), ""]
         lines += [
             "Means over the images. PSNR (at most 100), SSIM (Wang et al. 2004, Gaussian window of 11 pixels) and",
             "MS-SSIM over RGB, GMSD (Xue et al. 2014) over luma, all on results rounded to 8 bits. Gradient: energy of",
             "neighbor differences relative to the original's; below 1 is softness, above 1 noise. Seconds are of the",
-            "method itself.",
+            "method itself. Noise of a degradation and seed of the sampler follow from the bytes of the photograph.",
         ]
         for reason in dict.fromkeys(self.unavailable.values()):
             names = [_LABELS[name] for name, why in self.unavailable.items() if why == reason]
@@ -181,18 +181,20 @@ def _conditions(settings: Settings) -> list[str]:
         f"guidance {settings.cfg_start:g} to {settings.cfg_end:g}, control scale {settings.control_scale:g}, "
         f"restoration tau {tau}, churn {settings.churn:g}, eta {settings.eta:g}, noise {settings.noise:g}, "
         f"colors {settings.color_fix}",
-        f"- captions: {settings.caption_mode}",
+        f'- captions: {settings.caption_mode}, then "{settings.positive_prompt}"; '
+        f'negative prompt "{settings.negative_prompt}"',
     ]
 
 
-def _table(degradation: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+def _table(degradation: str, rows: Sequence[dict[str, Any]], photographs: int) -> list[str]:
     metrics = NO_REFERENCE if degradation == NO_DEGRADATION else METRICS
     methods = list(dict.fromkeys(row["method"] for row in rows))
     images = len({row["image"] for row in rows})
+    count = f"{images}" if images == photographs else f"{images} of {photographs}"
     made = "as they are" if degradation == NO_DEGRADATION else str(BENCHMARKS[degradation])
     head = [f"{_LABELS[m]}{_ARROWS[HIGHER_IS_BETTER[m]]}" for m in metrics]
     lines = [
-        f"## {degradation}: {made}, {images} {'image' if images == 1 else 'images'}",
+        f"## {degradation}: {made}, {count} {'image' if photographs == 1 else 'images'}",
         "",
         f"| {' | '.join(['method', *head, 'seconds'])} |",
         "|---|" + "---:|" * (len(metrics) + 1),

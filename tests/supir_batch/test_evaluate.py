@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import skimage.data
+import torch
 from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
@@ -21,6 +22,10 @@ from supir_batch.evaluation_report import Evaluation, grid
 from supir_batch.plan import make_plan
 from supir_batch.settings import manifest_of_folder
 from supir_batch.types import FloatImage, TileTicket
+from supir_model.config import TINY
+from supir_model.convert import write
+from supir_model.folder import FORMAT, Description
+from supir_model.loading import load_networks
 
 QUICK = ["--set", "engine.steps=2", "--set", "engine.cfg_end=2"]
 
@@ -135,6 +140,46 @@ def test_only_the_methods_asked_for_run(photographs: Path, tmp_path: Path) -> No
     result = evaluate(photographs, "--output", tmp_path / "e", *asked)
     assert result.exit_code == 0, result.output
     assert [method for _, _, method in rows_of(tmp_path / "e")] == ["bicubic", "stage-1"]
+
+
+def test_a_model_that_training_exported_is_measured_by_its_folder(photographs: Path, tmp_path: Path) -> None:
+    networks, _ = load_networks("tiny", torch.device("cpu"))
+    with torch.no_grad():
+        networks.vae.robust_encoder.shortcut.weight.mul_(0.5)
+    identity = write(networks, Description(FORMAT, TINY, ()), tmp_path / "model", "float16").identity
+    asked = ["--degradation", "D1", "--method", "stage-1", "--limit", 1]
+    shipped = evaluate(photographs, "--output", tmp_path / "a", *asked)
+    other = evaluate(photographs, "--output", tmp_path / "b", "--model", tmp_path / "model", *asked)
+    assert other.exit_code == 0, other.output
+    assert identity in other.stdout
+    assert identity not in shipped.stdout
+    row = ("astronaut.png", "D1", "stage-1")
+    assert rows_of(tmp_path / "b")[row]["psnr"] < rows_of(tmp_path / "a")[row]["psnr"] - 1
+
+
+def test_a_preset_can_be_chosen(photographs: Path, tmp_path: Path) -> None:
+    asked = ["--degradation", "D1", "--method", "input", "--limit", 1, "--preset", "quality"]
+    result = evaluate(photographs, "--output", tmp_path / "e", *asked)
+    assert "- preset quality: " in result.stdout
+
+
+def test_what_was_measured_before_a_stop_is_kept(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: list[object] = []
+
+    def stop_at_the_second(self: Evaluation, found: Comparison) -> None:
+        if first:
+            raise KeyboardInterrupt
+        first.append(found)
+        add(self, found)
+
+    add = Evaluation.add
+    monkeypatch.setattr(Evaluation, "add", stop_at_the_second)
+    result = evaluate(photographs, "--output", tmp_path / "e", "--degradation", "D1", "--method", "input")
+    assert result.exit_code == 130
+    assert [image for image, _, _ in rows_of(tmp_path / "e")] == ["astronaut.png"]
+    assert ", 1 of 2 images\n" in (tmp_path / "e/evaluation.md").read_text()
 
 
 def test_a_photograph_that_cannot_be_read_is_left_out(photographs: Path, tmp_path: Path) -> None:
