@@ -24,6 +24,7 @@ from supir_model.errors import SupirModelError
 if TYPE_CHECKING:
     from supir_batch.caption_list import CaptionSummary
     from supir_batch.driver import Summary
+    from supir_batch.evaluate import Comparison, LeftOut
     from supir_batch.plan import Plan
     from supir_batch.settings import Manifest
     from supir_batch.types import Job
@@ -196,7 +197,19 @@ def evaluate(
             "damaged already. Repeatable; left out: D1 and D2."
         ),
     ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="input, bicubic, lanczos (the last two where the input is smaller), encode-decode, stage-1, sampled. "
+            "Repeatable; left out: all."
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many photographs.")] = None,
+    preset: Annotated[str | None, typer.Option(help="The same as --set engine.preset=...")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The same as --set engine.weights=..., such as the folder that training exports."),
+    ] = None,
     no_text: Annotated[bool, typer.Option("--no-text", help="Also sample without any prompt.")] = False,
     no_negative: Annotated[bool, typer.Option("--no-negative", help="Also sample without negative prompt.")] = False,
     no_restoration: Annotated[
@@ -214,34 +227,49 @@ def evaluate(
         from supir_batch.settings import load_manifest, manifest_of_folder
 
         pairs = _pairs(overrides)
+        pairs |= {"engine.preset": preset} if preset else {}
+        pairs |= {"engine.weights": model} if model else {}
         if store.is_folder(source):
             loaded = manifest_of_folder(source, output, pairs)
         else:  # where a run of this manifest would write to does not matter here
             loaded = load_manifest(source, {**pairs, "output.uri": output})
-        jobs = _jobs_to_evaluate(_plan_of(loaded, source), limit)
+        plan = _plan_of(loaded, source)
+        jobs = _jobs_to_evaluate(plan, limit)
 
-        from supir_batch.evaluate import Ablations, compare
+        from supir_batch.evaluate import METHODS, Ablations, Asked, LeftOut, compare
         from supir_batch.evaluation_report import Evaluation
 
         ablations = Ablations(no_text, no_negative, no_restoration, tuple(tau or ()))
-        evaluation = Evaluation()
-        for comparison in compare(jobs, loaded.runtime.device, degradation or ["D1", "D2"], ablations):
-            evaluation.add(comparison)
-            scores = [f"{name} {value['psnr']:.2f} dB" for name, value in comparison.values.items() if value["psnr"]]
-            typer.echo(f"{comparison.image}, {comparison.degradation}: {'; '.join(scores) or 'restored'}", err=True)
-        command = f"supir-batch {shlex.join(sys.argv[1:])}"
-        typer.echo(evaluation.write(loaded.output.uri, jobs[0].settings, command))
+        asked = Asked(tuple(degradation or ("D1", "D2")), tuple(method or METHODS), ablations)
+        refused = [LeftOut(one.job.source.id, "all", one.failure.message) for one in plan.refused]
+        evaluation = Evaluation(len(jobs), left_out=refused)
+        command, text = f"supir-batch {shlex.join(sys.argv[1:])}", ""
+        for found in compare(jobs, loaded.runtime.device, asked):
+            evaluation.add(found)
+            text = evaluation.write(loaded.output.uri, jobs[0].settings, command)  # what a signal stops is kept
+            typer.echo(_evaluated(found), err=True)
+        typer.echo(text)
+        raise typer.Exit(3 if evaluation.left_out else 0)
 
 
 def _jobs_to_evaluate(plan: Plan, limit: int | None) -> list[Job]:
-    if plan.refused:
-        raise ManifestError("\n".join(refused.failure.message for refused in plan.refused[:_SHOWN]))
     jobs = [todo.job for todo in plan.todo][:limit]
+    if not jobs and plan.refused:
+        raise ManifestError("\n".join(refused.failure.message for refused in plan.refused[:_SHOWN]))
     if not jobs:
         raise ManifestError(
             "there is nothing to evaluate: every image is in the run log of --output; name a new folder"
         )
     return jobs
+
+
+def _evaluated(found: Comparison | LeftOut) -> str:
+    from supir_batch.evaluate import LeftOut
+
+    if isinstance(found, LeftOut):
+        return f"left out: {found.reason}"
+    scores = [f"{name} {value['psnr']:.2f} dB" for name, value in found.values.items() if "psnr" in value]
+    return f"{found.image}, {found.degradation}: {'; '.join(scores) or 'restored'}"
 
 
 # --- models --------------------------------------------------------------------------------------------------------

@@ -2,25 +2,26 @@
 
 The protocol of SUPIR (Yu et al. 2024, section 4): fixed degradations, several methods side by side, distances to the
 original and quality without one. Noise, seeds and captions are functions of the photograph and the settings alone.
+Captions, working size, tiles and tone are those of a run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from PIL import Image
 
-from supir_batch import decode, resample, store
+from supir_batch import color, commit, decode, encode, resample, stitch, store, tiles
 from supir_batch.captioner import Captioner, load_captioner
-from supir_batch.engine import Device, SupirEngine, full_prompt, to_tensor
-from supir_batch.errors import ManifestError
+from supir_batch.engine import Device, Engine, SupirEngine, alignment, full_prompt, to_tensor
+from supir_batch.errors import ImageError, ManifestError, StoreError
 from supir_batch.settings import item_seed, settings_hash
 from supir_batch.types import FloatImage, Job, Settings, TileBox, TileTicket
 from supir_model.metrics import Metrics
@@ -29,7 +30,14 @@ from supir_model.training.degradations import BENCHMARKS, Benchmark
 NO_DEGRADATION = "none"
 """For photographs that are damaged already: they are restored as they are, and there is no original to compare with"""
 
-SAMPLED, STAGE_1, ENCODE_DECODE = "sampled", "stage 1", "encode-decode"
+INPUT, BICUBIC, LANCZOS, ENCODE_DECODE, STAGE_1, SAMPLED = METHODS = (
+    "input",
+    "bicubic",
+    "lanczos",
+    "encode-decode",
+    "stage-1",
+    "sampled",
+)
 
 
 @dataclass(frozen=True)
@@ -66,77 +74,206 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """All methods on one degraded photograph. ``values``: method to metric to value, None where it has none."""
+    """All methods on one degraded photograph.
+
+    ``given`` is the degraded image at the size of the results, enlarged if it was smaller. ``values``: method to metric
+    to value; ``unavailable``: metric to the reason why some method has no value.
+    """
 
     image: str
     degradation: str
+    given: FloatImage
     original: FloatImage | None
     results: tuple[Result, ...]
-    values: dict[str, dict[str, float | None]]
-    unavailable: dict[str, str]  # metric to the reason why nothing has it
+    values: dict[str, dict[str, float]]
+    unavailable: dict[str, str]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A photograph that could not be read or restored, and why."""
+
+    image: str
+    degradation: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to compare: keys of ``BENCHMARKS`` or ``NO_DEGRADATION``, some of ``METHODS``, and what else to sample.
+
+    Raises ManifestError for a name that is not known.
+    """
+
+    degradations: Sequence[str] = ("D1", "D2")
+    methods: Sequence[str] = METHODS
+    ablations: Ablations = Ablations()
+
+    def __post_init__(self) -> None:
+        _refuse_unknown("degradation", self.degradations, (*BENCHMARKS, NO_DEGRADATION))
+        _refuse_unknown("method", self.methods, METHODS)
 
 
 def compare(
-    jobs: Sequence[Job], device: Device, degradations: Sequence[str], ablations: Ablations
-) -> Iterator[Comparison]:
-    """Every job's photograph under every degradation, all at the photograph's own size.
+    jobs: Sequence[Job], device: Device, asked: Asked, engines: Mapping[str, Engine] | None = None
+) -> Iterator[Comparison | LeftOut]:
+    """Every job's photograph under every degradation, at the photograph's own size.
 
-    degradations: keys of ``BENCHMARKS`` or ``NO_DEGRADATION``. Raises ManifestError, StoreError or ImageError.
+    engines: others to compare with, by the name that their method shall have. Raises ManifestError for settings that
+    cannot be evaluated, WeightsError for a model that cannot be loaded.
     """
-    unknown = [name for name in degradations if name not in (*BENCHMARKS, NO_DEGRADATION)]
-    if unknown:
-        raise ManifestError(
-            f"degradation '{unknown[0]}' is unknown; choose from {', '.join((*BENCHMARKS, NO_DEGRADATION))}"
-        )
-    metrics = Metrics()
-    methods = _Methods(jobs[0], device) if jobs and jobs[0].model else None
     for job in jobs:
+        if job.settings.geometry != "pad":
+            raise ManifestError(f"engine.geometry: only 'pad' can be evaluated, saw '{job.settings.geometry}'")
+    metrics = Metrics()
+    model = _Model(jobs[0], device) if jobs and jobs[0].model else None
+    for job in jobs:
+        for name in asked.degradations:
+            try:
+                photograph = _Photograph.degraded_as(job, name)
+                results = list(_results(photograph, asked, model, engines or {}))
+            except (ImageError, StoreError) as error:
+                yield LeftOut(job.source.id, name, f"{job.source.uri}: {error}")
+                continue
+            target = None if photograph.original is None else _planes(photograph.original)
+            measured = {one.method: metrics.measure(_planes(one.pixels), target) for one in results}
+            yield Comparison(
+                image=job.source.id,
+                degradation=name,
+                given=photograph.given,
+                original=photograph.original,
+                results=tuple(results),
+                values={method: one.values for method, one in measured.items()},
+                unavailable={metric: why for one in measured.values() for metric, why in one.unavailable.items()},
+            )
+
+
+@dataclass(frozen=True)
+class _Photograph:
+    """One degraded photograph on its way through all methods; arrays are [h, w, 3] in [0, 1].
+
+    ``given``: at the size of the results. ``working``: at the size at which a run would restore it.
+    """
+
+    job: Job
+    digest: str  # SHA-256 of the file
+    original: FloatImage | None
+    degraded: FloatImage
+    given: FloatImage
+    working: FloatImage
+    tone: color.Tone
+
+    @classmethod
+    def degraded_as(cls, job: Job, degradation: str) -> Self:
         with store.local_copy(job.source.uri) as path:
-            original, digest = _read(path), store.sha256(job.source.uri)
-        for name in degradations:
-            if name == NO_DEGRADATION:
-                results, reference = [Result("input", original)], None
-                given = original
-            else:
-                degraded = _degrade(original, BENCHMARKS[name], digest)
-                given, results = _enlarge(degraded, original.shape[1], original.shape[0])
-                reference = original
-            if methods is not None:
-                results += methods.results(job, digest, given, reference, ablations)
-            target = None if reference is None else _planes(reference)
-            values = {one.method: metrics.measure(_planes(one.pixels), target) for one in results}
-            yield Comparison(job.source.id, name, reference, tuple(results), values, metrics.unavailable)
+            pixels, digest = _read(path), commit.file_sha256(path)
+        height, width = pixels.shape[:2]
+        original: FloatImage | None = pixels
+        if degradation == NO_DEGRADATION:
+            width, height = tiles.output_size(width, height, job.settings.upscale)
+            degraded, original = pixels, None
+        else:
+            degraded = _degrade(pixels, BENCHMARKS[degradation], digest)
+        return cls(
+            job=job,
+            digest=digest,
+            original=original,
+            degraded=degraded,
+            given=resample.resize(degraded, width, height),
+            working=resample.resize(degraded, *tiles.work_size(width, height, job.settings.min_size)),
+            tone=color.measure_tone(resample.reduce_to(degraded, color.TONE_SIZE)),
+        )
+
+    def in_tiles(self, pixels: FloatImage, work: Callable[[TileBox, FloatImage], FloatImage]) -> FloatImage:
+        """``work`` done on the tiles of an image, cut and put together as in a run."""
+        height, width = pixels.shape[:2]
+        settings = self.job.settings
+        boxes = tiles.plan_tiles(width, height, settings.max_pixels, settings.overlap, alignment(self.job.model))
+        parts = []
+        for box in boxes:
+            tile = pixels[box.y : box.y + box.height, box.x : box.x + box.width]
+            parts.append((box, work(box, np.ascontiguousarray(tile))))
+        whole = stitch.stitch(parts, width, height, settings.overlap)
+        if not np.isfinite(whole).all():
+            raise ImageError("bad-output", "the result has values that are no numbers; use float32")
+        return np.clip(whole, 0.0, 1.0)
+
+    def fitted(self, working: FloatImage) -> FloatImage:
+        """A result at working size brought to the size of the results."""
+        return resample.resize(working, self.given.shape[1], self.given.shape[0])
+
+    def restored(self, engine: Engine, settings: Settings, caption: str) -> FloatImage:
+        """What a run with this engine and these settings would write."""
+        ticket = TileTicket(
+            dataclasses.replace(self.job, settings=settings, settings_sha256=settings_hash(settings)),
+            seed=item_seed(settings, self.digest),
+            caption=caption,
+            prompt=full_prompt(settings, caption if settings.prompt is None else settings.prompt),
+        )
+
+        def restore(box: TileBox, tile: FloatImage) -> FloatImage:
+            return engine.restore([dataclasses.replace(ticket, box=box)], [tile])[0]
+
+        return color.apply_tone(self.fitted(self.in_tiles(self.working, restore)), self.tone)
 
 
-class _Methods:
-    """The model of all jobs and what it makes of a degraded image; loaded once."""
+class _Model:
+    """The model of all jobs and its captioner; loaded once."""
 
     def __init__(self, job: Job, device: Device) -> None:
-        assert job.model is not None
-        self._engine = SupirEngine(job.model, device)
+        if job.model is None:
+            raise ValueError(f"the engine of {job.source.uri} has no model")
+        self.engine = SupirEngine(job.model, device)
         self._captioner: Captioner = load_captioner(job, device)
 
-    def results(
-        self, job: Job, digest: str, given: FloatImage, reference: FloatImage | None, ablations: Ablations
-    ) -> Iterator[Result]:
-        """What the autoencoder keeps of the original, what the robust encoder sees, what sampling gives."""
-        model = self._engine.model
-        if reference is not None:
-            yield _timed(ENCODE_DECODE, lambda: _pixels(model.encode_decode(to_tensor(reference))))
-        yield _timed(STAGE_1, lambda: _pixels(model.first_stage(to_tensor(given))))
-        height, width = given.shape[:2]
-        box = TileBox(0, 1, 0, 0, width, height)
-        caption = job.settings.prompt
-        if caption is None:
-            ticket = TileTicket(job, box=box, seed=item_seed(job.settings, digest))
-            preview = np.ascontiguousarray(resample.reduce_to(given, decode.PREVIEW_SIZE))
-            caption = self._captioner.caption([ticket], [preview])[0]
-        for method, settings in ablations.variants(job.settings).items():
-            changed = dataclasses.replace(job, settings=settings, settings_sha256=settings_hash(settings))
-            prompt = full_prompt(settings, caption if settings.prompt is None else settings.prompt)
-            ticket = TileTicket(changed, box=box, seed=item_seed(settings, digest), prompt=prompt)
-            result = _timed(method, lambda ticket=ticket: self._engine.restore([ticket], [given])[0])  # type: ignore[misc]
-            yield result._replace(settings=settings)
+    def encode_decode(self, _: TileBox, tile: FloatImage) -> FloatImage:
+        """What the autoencoder keeps of a tile."""
+        return _pixels(self.engine.model.encode_decode(to_tensor(tile)))
+
+    def first_stage(self, _: TileBox, tile: FloatImage) -> FloatImage:
+        """What the robust encoder sees behind a tile."""
+        return _pixels(self.engine.model.first_stage(to_tensor(tile)))
+
+    def caption(self, photograph: _Photograph) -> str:
+        """The caption of a photograph that came without a prompt."""
+        ticket = TileTicket(photograph.job, seed=item_seed(photograph.job.settings, photograph.digest))
+        preview = np.ascontiguousarray(resample.reduce_to(photograph.degraded, decode.PREVIEW_SIZE))
+        return self._captioner.caption([ticket], [preview])[0]
+
+
+def _results(
+    photograph: _Photograph, asked: Asked, model: _Model | None, engines: Mapping[str, Engine]
+) -> Iterator[Result]:
+    """What the methods make of one photograph; those that have nothing to do for it are left out."""
+    degraded, given, original = photograph.degraded, photograph.given, photograph.original
+    settings = photograph.job.settings
+    height, width = given.shape[:2]
+    if degraded is given:
+        if INPUT in asked.methods:
+            yield Result(INPUT, given)
+    else:
+        if BICUBIC in asked.methods:
+            yield _timed(BICUBIC, lambda: _bicubic(degraded, width, height))
+        if LANCZOS in asked.methods:
+            yield _timed(LANCZOS, lambda: resample.resize(degraded, width, height))
+    if model is not None:
+        if ENCODE_DECODE in asked.methods and original is not None:
+            yield _timed(ENCODE_DECODE, lambda: photograph.in_tiles(original, model.encode_decode))
+        if STAGE_1 in asked.methods:
+            yield _timed(STAGE_1, lambda: photograph.fitted(photograph.in_tiles(photograph.working, model.first_stage)))
+        if SAMPLED in asked.methods:
+            caption = model.caption(photograph) if settings.prompt is None else settings.prompt
+            for method, changed in asked.ablations.variants(settings).items():
+                result = _timed(method, lambda changed=changed: photograph.restored(model.engine, changed, caption))  # type: ignore[misc]
+                yield result._replace(settings=changed)
+    for name, engine in engines.items():
+        yield _timed(name, lambda engine=engine: photograph.restored(engine, settings, settings.prompt or ""))  # type: ignore[misc]
+
+
+def _refuse_unknown(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ManifestError(f"{what} '{name}' is unknown; choose from {', '.join(known)}")
 
 
 def _read(path: Path) -> FloatImage:
@@ -145,16 +282,10 @@ def _read(path: Path) -> FloatImage:
 
 
 def _degrade(original: FloatImage, benchmark: Benchmark, digest: str) -> FloatImage:
+    """The degraded image as an 8-bit file would hold it."""
     generator = torch.Generator().manual_seed(int(digest[:15], 16))
-    return _pixels(benchmark.apply(to_tensor(original)[None], generator)[0])
-
-
-def _enlarge(degraded: FloatImage, width: int, height: int) -> tuple[FloatImage, list[Result]]:
-    """The image as the engine is given it, enlarged as in a run, and the methods that are no more than that."""
-    if degraded.shape[:2] == (height, width):
-        return degraded, [Result("input", degraded)]
-    lanczos = _timed("lanczos", lambda: resample.resize(degraded, width, height))
-    return lanczos.pixels, [_timed("bicubic", lambda: _bicubic(degraded, width, height)), lanczos]
+    levels = encode.quantize(_pixels(benchmark.apply(to_tensor(original)[None], generator)[0]), 8)
+    return levels.astype(np.float32) / np.float32(255)
 
 
 def _bicubic(pixels: FloatImage, width: int, height: int) -> FloatImage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
-from supir_batch import store
-from supir_batch.evaluate import NO_DEGRADATION, SAMPLED, STAGE_1, Comparison
+from supir_batch import encode, resample, store
+from supir_batch.evaluate import NO_DEGRADATION, SAMPLED, STAGE_1, Comparison, LeftOut
 from supir_batch.settings import settings_hash
 from supir_batch.types import FloatImage, Settings
-from supir_model.metrics import FULL_REFERENCE, HIGHER_IS_BETTER, METRICS
+from supir_model.metrics import HIGHER_IS_BETTER, METRICS, NO_REFERENCE
 from supir_model.training.degradations import BENCHMARKS
 
 SCHEMA = pa.schema(
@@ -46,48 +46,53 @@ _LABELS = {
     "clipiqa": "CLIP-IQA",
 }
 _ARROWS = {True: " ↑", False: " ↓", None: " →1"}
-_GRID_ROWS = 6
-_CELL = 256  # pixels
-_GAP = 4
+_GRID_ROWS = 16
+_CROP = 160  # pixels of the photograph along a side of its crop
+_CELL = 320  # pixels of the grid: a crop is shown at twice its size, so that its pixels can be seen
+_GAP = 6
+_LINE = 32  # height of a line of text
 
-
-_Crops = dict[str, FloatImage]  # column of the grid to its picture
+_Pictures = dict[str, Image.Image]  # column of the grid to its picture
 
 
 @dataclass
 class Evaluation:
-    """Collects comparisons and writes them; of the pictures it keeps crops only."""
+    """Collects comparisons and writes them; of the pictures it keeps crops only, of some photographs evenly spread.
 
+    photographs: how many there will be.
+    """
+
+    photographs: int
     rows: list[dict[str, Any]] = field(default_factory=list)
-    crops: dict[str, list[_Crops]] = field(default_factory=dict)
-    unavailable: dict[str, str] = field(default_factory=dict)
+    pictures: dict[str, dict[str, _Pictures]] = field(default_factory=dict)  # by degradation and photograph
+    unavailable: dict[str, str] = field(default_factory=dict)  # metric to reason
+    left_out: list[LeftOut] = field(default_factory=list)
+    _seen: dict[str, int] = field(default_factory=dict)  # photographs so far, by degradation
 
-    def add(self, comparison: Comparison) -> None:
-        """Keep the numbers and, for the grid, a crop."""
-        for one in comparison.results:
+    def add(self, found: Comparison | LeftOut) -> None:
+        """Keep the numbers and, for the grid, crops."""
+        place = self._seen.get(found.degradation, 0)
+        self._seen[found.degradation] = place + 1
+        if isinstance(found, LeftOut):
+            self.left_out.append(found)
+            return
+        for one in found.results:
             self.rows.append(
                 {
-                    "image": comparison.image,
+                    "image": found.image,
                     "width": one.pixels.shape[1],
                     "height": one.pixels.shape[0],
-                    "degradation": comparison.degradation,
+                    "degradation": found.degradation,
                     "method": one.method,
                     "settings_sha256": None if one.settings is None else settings_hash(one.settings),
                     "seconds": one.seconds,
-                    **comparison.values[one.method],
+                    **found.values[one.method],
                 }
             )
-        self.unavailable |= comparison.unavailable
-        by_method = {one.method: one.pixels for one in comparison.results}
-        given = by_method.get("lanczos", by_method.get("input"))
-        assert given is not None  # every comparison begins with one of them
-        columns = {"input": given, STAGE_1: by_method.get(STAGE_1), SAMPLED: by_method.get(SAMPLED)}
-        shown = {name: pixels for name, pixels in columns.items() if pixels is not None}
-        if comparison.original is not None:
-            shown["original"] = comparison.original
-        top, left = _busiest(comparison.original if comparison.original is not None else given)
-        crops = {name: np.array(pixels[top : top + _CELL, left : left + _CELL]) for name, pixels in shown.items()}
-        self.crops.setdefault(comparison.degradation, []).append(crops)
+        self.unavailable |= found.unavailable
+        # the first photograph of each of _GRID_ROWS equal shares
+        if place == 0 or place * _GRID_ROWS // self.photographs > (place - 1) * _GRID_ROWS // self.photographs:
+            self.pictures.setdefault(found.degradation, {})[found.image] = _pictures(found)
 
     def write(self, folder: str, settings: Settings, command: str) -> str:
         """Write ``evaluation.parquet``, ``evaluation.md`` and ``grid-*.jpg`` to a folder or prefix; returns the table.
@@ -97,8 +102,8 @@ class Evaluation:
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(self.rows, SCHEMA), buffer)
         store.write_atomic(store.join(folder, "evaluation.parquet"), buffer.getvalue())
-        for degradation, crops in self.crops.items():
-            store.write_atomic(store.join(folder, f"grid-{degradation}.jpg"), grid(_spread(crops, _GRID_ROWS)))
+        for degradation, pictures in self.pictures.items():
+            store.write_atomic(store.join(folder, f"grid-{degradation}.jpg"), grid(pictures))
         text = self.markdown(settings, command)
         store.write_atomic(store.join(folder, "evaluation.md"), text.encode())
         return text
@@ -106,36 +111,64 @@ class Evaluation:
     def markdown(self, settings: Settings, command: str) -> str:
         """The means over all images, one table per degradation."""
         lines = [f"# Evaluation of {settings.engine_name}", "", f"    {command}", "", *_conditions(settings), ""]
-        for degradation in self.crops:
+        for degradation in self._seen:
             rows = [row for row in self.rows if row["degradation"] == degradation]
-            lines += [*_table(degradation, rows, self.unavailable), ""]
+            lines += [*_table(degradation, rows, self.photographs), ""]
         lines += [
-            "Means over the images. PSNR, SSIM (Wang et al. 2004, Gaussian window of 11 pixels) and MS-SSIM over RGB, ",
-            "GMSD (Xue et al. 2014) over luma, all on results rounded to 8 bits. Gradient: energy of neighbor",
-            "differences relative to the original's; below 1 is softness, above 1 noise. Seconds are of the method",
-            "itself.",
+            "Means over the images. PSNR (at most 100), SSIM (Wang et al. 2004, Gaussian window of 11 pixels) and",
+            "MS-SSIM over RGB, GMSD (Xue et al. 2014) over luma, all on results rounded to 8 bits. Gradient: energy of",
+            "neighbor differences relative to the original's; below 1 is softness, above 1 noise. Seconds are of the",
+            "method itself. Noise of a degradation and seed of the sampler follow from the bytes of the photograph.",
         ]
         for reason in dict.fromkeys(self.unavailable.values()):
             names = [_LABELS[name] for name, why in self.unavailable.items() if why == reason]
             lines += ["", f"Unavailable: {', '.join(names)}, because {reason}."]
+        lines += [line for one in self.left_out for line in ("", f"Left out ({one.degradation}): {one.reason}")]
         return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def grid(crops: Sequence[_Crops]) -> bytes:
-    """JPEG of one row per image and one labelled column per method; crops are [h, w, 3] in [0, 1]."""
-    names = list(crops[0])
-    header, font = 20, ImageFont.load_default(13)
-    width = len(names) * (_CELL + _GAP) - _GAP
-    sheet = Image.new("RGB", (width, header + len(crops) * (_CELL + _GAP) - _GAP), "white")
+def grid(pictures: Mapping[str, _Pictures]) -> bytes:
+    """JPEG of one row per photograph, by name, and one labelled column per picture, of at most a cell each."""
+    columns = list(dict.fromkeys(label for row in pictures.values() for label in row))
+    font, step = ImageFont.load_default(22), _CELL + _GAP
+    size = (len(columns) * step + _GAP, _LINE + len(pictures) * (_CELL + _LINE))
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for column, name in enumerate(names):
-        draw.text((column * (_CELL + _GAP) + 4, 2), name, fill="black", font=font)
-        for row, images in enumerate(crops):
-            pixels = (np.clip(images[name], 0, 1) * 255).round().astype(np.uint8)
-            sheet.paste(Image.fromarray(pixels), (column * (_CELL + _GAP), header + row * (_CELL + _GAP)))
+    for column, label in enumerate(columns):
+        draw.text((_GAP + column * step, 2), label, fill="black", font=font)
+    for row, (name, cells) in enumerate(pictures.items()):
+        top = _LINE + row * (_CELL + _LINE)
+        for column, label in enumerate(columns):
+            if label in cells:
+                sheet.paste(cells[label], (_GAP + column * step, top))
+        draw.text((_GAP, top + _CELL + 2), name[-100:], fill="black", font=font)
     buffer = io.BytesIO()
-    sheet.save(buffer, "JPEG", quality=92, subsampling=0)
+    sheet.save(buffer, "JPEG", quality=88)
     return buffer.getvalue()
+
+
+def _pictures(found: Comparison) -> _Pictures:
+    """The whole input with the crop framed, then the crop of the input, stage 1, every sampled result, the original."""
+    shown = {"input": found.given}
+    for one in found.results:
+        if one.method == STAGE_1 or one.method.startswith(SAMPLED):
+            shown[one.method] = one.pixels
+    if found.original is not None:
+        shown["original"] = found.original
+    top, left, side = _busiest(found.given if found.original is None else found.original)
+    pictures = {"whole": _whole(found.given, top, left, side)}
+    for label, pixels in shown.items():
+        crop = Image.fromarray(encode.quantize(pixels[top : top + side, left : left + side], 8))
+        pictures[label.removeprefix(f"{SAMPLED}, ")] = crop.resize((_CELL, _CELL), Image.Resampling.NEAREST)
+    return pictures
+
+
+def _whole(pixels: FloatImage, top: int, left: int, side: int) -> Image.Image:
+    small = resample.reduce_to(pixels, _CELL)
+    picture, factor = Image.fromarray(encode.quantize(small, 8)), small.shape[1] / pixels.shape[1]
+    frame = [round(at * factor) for at in (left, top, left + side - 1, top + side - 1)]
+    ImageDraw.Draw(picture).rectangle(frame, outline="red", width=2)
+    return picture
 
 
 def _conditions(settings: Settings) -> list[str]:
@@ -148,54 +181,48 @@ def _conditions(settings: Settings) -> list[str]:
         f"guidance {settings.cfg_start:g} to {settings.cfg_end:g}, control scale {settings.control_scale:g}, "
         f"restoration tau {tau}, churn {settings.churn:g}, eta {settings.eta:g}, noise {settings.noise:g}, "
         f"colors {settings.color_fix}",
-        f"- captions: {settings.caption_mode}",
+        f'- captions: {settings.caption_mode}, then "{settings.positive_prompt}"; '
+        f'negative prompt "{settings.negative_prompt}"',
     ]
 
 
-def _table(degradation: str, rows: Sequence[dict[str, Any]], unavailable: Container[str]) -> list[str]:
-    possible = [m for m in METRICS if degradation != NO_DEGRADATION or m not in FULL_REFERENCE]
-    metrics = [m for m in possible if m not in unavailable]
+def _table(degradation: str, rows: Sequence[dict[str, Any]], photographs: int) -> list[str]:
+    metrics = NO_REFERENCE if degradation == NO_DEGRADATION else METRICS
     methods = list(dict.fromkeys(row["method"] for row in rows))
     images = len({row["image"] for row in rows})
+    count = f"{images}" if images == photographs else f"{images} of {photographs}"
     made = "as they are" if degradation == NO_DEGRADATION else str(BENCHMARKS[degradation])
     head = [f"{_LABELS[m]}{_ARROWS[HIGHER_IS_BETTER[m]]}" for m in metrics]
     lines = [
-        f"## {degradation}: {made}, {images} {'image' if images == 1 else 'images'}",
+        f"## {degradation}: {made}, {count} {'image' if photographs == 1 else 'images'}",
         "",
         f"| {' | '.join(['method', *head, 'seconds'])} |",
         "|---|" + "---:|" * (len(metrics) + 1),
     ]
     for method in methods:
         of_method = [row for row in rows if row["method"] == method]
-        cells = [_mean([row[key] for row in of_method], key) for key in (*metrics, "seconds")]
+        cells = [_mean([row.get(key) for row in of_method], key) for key in (*metrics, "seconds")]
         lines.append(f"| {method} | {' | '.join(cells)} |")
-    return lines
+    return [*lines, "", f"![{degradation}](grid-{degradation}.jpg)"] if rows else lines
 
 
 def _mean(values: Sequence[float | None], metric: str) -> str:
     known = [value for value in values if value is not None]
     if not known:
-        return "-"
+        return "unavailable"
     digits = 2 if metric in ("psnr", "gradient", "niqe", "musiq", "seconds") else 3
     missing = "" if len(known) == len(values) else f" ({len(known)} of {len(values)})"
     return f"{math.fsum(known) / len(known):.{digits}f}{missing}"
 
 
-def _busiest(pixels: FloatImage) -> tuple[int, int]:
-    """Where the cell-sized crop with the most contrast between neighbors begins, on a coarse raster."""
+def _busiest(pixels: FloatImage) -> tuple[int, int, int]:
+    """Top, left and side of the square with most detail: roots of contrasts are summed, so no single edge decides."""
     height, width = pixels.shape[:2]
-    luma = pixels.mean(axis=2)
-    busy = np.abs(np.diff(luma, axis=0))[:, :-1] + np.abs(np.diff(luma, axis=1))[:-1]
-
-    def starts(side: int) -> range:
-        return range(0, max(1, side - _CELL + 1), _CELL // 4)
-
-    corners = [(top, left) for top in starts(height) for left in starts(width)]
-    return max(corners, key=lambda at: float(busy[at[0] : at[0] + _CELL, at[1] : at[1] + _CELL].sum()))
-
-
-def _spread(items: Sequence[_Crops], count: int) -> Sequence[_Crops]:
-    """At most ``count`` of them, evenly spaced."""
-    if len(items) <= count:
-        return items
-    return [items[i * len(items) // count] for i in range(count)]
+    side = min(_CROP, height, width)
+    grey = pixels.mean(axis=2, dtype=np.float64)
+    detail = np.zeros((height, width))
+    detail[1:, 1:] = np.sqrt(np.abs(np.diff(grey, axis=0))[:, 1:] + np.abs(np.diff(grey, axis=1))[1:])
+    sums = np.pad(detail.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    squares = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+    top, left = np.unravel_index(int(squares.argmax()), squares.shape)
+    return int(top), int(left), side

@@ -89,12 +89,12 @@ ONLY = {
     "s3fs": set[str](),
     "ray": {"supir_batch.pipeline"},
     "pyexiv2": {"supir_batch.metadata"},
-    "pydantic": {"supir_batch.settings", "supir_batch.manifest"},
-    "yaml": {"supir_batch.settings"},
+    "pydantic": {"supir_batch.settings", "supir_batch.manifest", "supir_model.training.recipe"},
+    "yaml": {"supir_batch.settings", "supir_model.training.recipe"},
     "typer": {"supir_batch.cli"},
     "huggingface_hub": {"supir_batch.models"},
 }
-FORBIDDEN_IN_MODEL = {"supir_batch", "ray", "fsspec", "s3fs", "pyvips", "pyarrow", "pydantic", "tifffile"}
+FORBIDDEN_IN_MODEL = {"supir_batch", "ray", "fsspec", "s3fs", "pyvips", "pyarrow", "tifffile"}
 
 
 def modules(package: str) -> dict[str, Path]:

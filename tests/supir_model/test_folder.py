@@ -54,7 +54,7 @@ def changed(**values: Any) -> str:
         (changed(model__window=...), "model: unknown keys: none; missing keys: window"),
         (changed(model__window="128"), "model.window must be int, saw '128'"),
         (changed(model__window=True), "model.window must be int, saw True"),
-        (changed(model__prediction="x"), "model.prediction must be one of epsilon, v, saw 'x'"),
+        (changed(model__prediction="x"), "model.prediction must be one of epsilon, v, residual, saw 'x'"),
         (changed(model__unet=3), "model.unet must be an object, saw 3"),
         (changed(model__vae__channels=8), "model.vae.channels must be a list, saw 8"),
         (changed(model__vae__channels=[8, "x"]), r"model.vae.channels\[1\] must be int, saw 'x'"),
