@@ -11,6 +11,7 @@ from supir_model.config import TINY
 from supir_model.model import Request, Sampling, SupirModel
 from supir_model.training.degradations import BENCHMARKS
 
+MATTERS = 0.004  # of a range of 2
 PHOTOGRAPHS = {"astronaut": (0, 140), "coffee": (80, 180), "chelsea": (40, 120)}
 
 
@@ -32,3 +33,24 @@ def test_sampled_results_beat_their_inputs() -> None:
         gains[name] = psnr(restored, clean) - psnr(lq, clean)
     assert sum(gains.values()) / len(gains) > 0.3, gains
     assert min(gains.values()) > -0.5, gains
+
+
+def test_captions_and_the_negative_prompt_matter() -> None:
+    """Opposite captions pull a result apart, and so does what guidance leads away from."""
+    model = SupirModel.load("tiny", device="cpu")
+    pixels = skimage.data.astronaut()[0:128, 140:268]
+    clean = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    lq = BENCHMARKS["blur-SRx4-noise-JPEG"].apply(clean[None], torch.Generator().manual_seed(0))
+    lq = torch.nn.functional.interpolate(lq, size=(128, 128), mode="bicubic").clamp(-1, 1)[0]
+    sampling = Sampling.of(TINY.presets["quality"], TINY.window, TINY.stride)
+
+    def restored(prompt: str, negative: str) -> torch.Tensor:
+        return model.restore([Request(lq, prompt, negative, seed=0)], sampling)[0]
+
+    sharp = "a color photograph, evenly lit, medium contrast, richly detailed" + TINY.positive_prompt
+    soft = "a color photograph, evenly lit, low contrast, plain"
+    base = restored(sharp, TINY.negative_prompt)
+    for other in (restored(soft, TINY.negative_prompt), restored(sharp, "")):
+        assert (other - base).abs().mean() > MATTERS
+    energy = [float(x.diff(dim=-1).square().mean()) for x in (base, restored(soft, TINY.negative_prompt))]
+    assert energy[0] > energy[1], "the caption that promises detail must give more of it"
