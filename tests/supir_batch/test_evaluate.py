@@ -27,7 +27,7 @@ from supir_model.convert import write
 from supir_model.folder import FORMAT, Description
 from supir_model.loading import load_networks
 
-QUICK = ["--set", "engine.steps=2", "--set", "engine.cfg_end=2"]
+QUICK = ["--set", "engine.steps=3", "--set", "engine.cfg_end=2"]
 
 
 @pytest.fixture(scope="module")
