@@ -103,7 +103,7 @@ def _train(recipe: Recipe, given: argparse.Namespace) -> None:
         stage = DiffusionStage(networks, recipe, channel_energy(networks.vae, sample))
     else:
         stage = RobustEncoderStage(networks, recipe, channel_energy(networks.vae, sample))
-    train(networks, stage, crops, recipe, given.into / recipe.stage)
+    train(networks, stage, crops, recipe, given.into / Path(given.recipe).stem)
     if not dist.is_initialized() or dist.get_rank() == 0:
         partial = model_file.with_suffix(".partial")
         save_file({key: value.contiguous() for key, value in networks.cpu().state_dict().items()}, partial)

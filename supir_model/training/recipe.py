@@ -74,11 +74,15 @@ class VAERecipe(_Stage):
 
 
 class RobustEncoderRecipe(_Stage):
-    """Stage 1: weights of the paper's loss on images, and of a distance of latents, which needs no decoder."""
+    """Stage 1: weights of the paper's loss on images, of 1 - SSIM beside it, and of a distance of latents.
+
+    The last needs no decoder.
+    """
 
     stage: Literal["robust-encoder"]
     degradation: Mix = Mix()
     image: float = Field(default=1.0, ge=0)
+    structure: float = Field(default=0.0, ge=0)
     latent: float = Field(default=0.1, ge=0)
 
 
@@ -90,6 +94,8 @@ class DiffusionRecipe(_Stage):
     drop_text: float = Field(default=0.1, ge=0, le=1)
     negative: float = Field(default=0.15, ge=0, le=1)
     max_weight: float = Field(default=6.0, ge=1)
+    image: float = Field(default=0.0, ge=0)
+    own: float = Field(default=0.0, ge=0, le=1)
 
 
 Recipe = VAERecipe | RobustEncoderRecipe | DiffusionRecipe

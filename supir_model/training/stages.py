@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from supir_model.caption import describe
 from supir_model.denoiser import Origin, denoise, sigma_table
@@ -55,6 +56,29 @@ def _gradient_l1(a: Tensor, b: Tensor) -> Tensor:
 
 def _spectrum_l1(a: Tensor, b: Tensor) -> Tensor:
     return torch.fft.rfft2(a - b, norm="ortho").abs().mean()  # type: ignore[no-any-return]
+
+
+def _structure(a: Tensor, b: Tensor) -> Tensor:
+    """1 - SSIM of images in [-1, 1]."""
+    similarity = structural_similarity_index_measure(a, b, data_range=2.0)
+    assert isinstance(similarity, Tensor)  # it returns more only when asked to
+    return 1 - similarity
+
+
+def _gradient_dissimilarity(a: Tensor, b: Tensor) -> Tensor:
+    """1 - mean gradient magnitude similarity (Xue et al. 2014, equation 4) of images [B, 3, H, W] in [-1, 1].
+
+    It asks for contours and texture as strong as the target's, and not, as a mean error does, for none where their
+    exact place is unknown.
+    """
+
+    def magnitude(x: Tensor) -> Tensor:
+        horizontal, vertical = _image_gradients(x.mean(dim=1))
+        return (horizontal[:, 1:].square() + vertical[:, :, 1:].square() + 1e-6).sqrt()
+
+    p, q = magnitude(a), magnitude(b)
+    constant = 170 / 127.5**2
+    return 1 - ((2 * p * q + constant) / (p.square() + q.square() + constant)).mean()
 
 
 @torch.no_grad()
@@ -164,6 +188,8 @@ class RobustEncoderStage:
                 + F.l1_loss(decoded, pair.target)
                 + 0.25 * _gradient_l1(decoded, pair.target)
             )
+            if recipe.structure > 0:
+                loss = loss + recipe.structure * _structure(decoded, pair.target)
             metrics |= {"psnr": _psnr(decoded, pair.target), "psnr_input": _psnr(pair.lq, pair.target)}
         return loss, metrics
 
@@ -205,7 +231,10 @@ class DiffusionStage:
     samples whose target is the degraded image under the negative prompt (SUPIR, section 3.3), drop_text the share
     without a caption; max_weight is the most that an error of the denoised latent may cost at small noise levels, where
     1 is its cost at large ones; in terms of min-SNR (Hang et al. 2023) snr + 1 is clamped, not snr, because with
-    control even the largest noise level leaves a picture to be predicted.
+    control even the largest noise level leaves a picture to be predicted. image is the weight of the loss on decoded
+    estimates at noise levels below 1: L1, and contours as strong as the target's. own is the share of samples whose
+    noise lies on an estimate of the model itself from a larger noise level instead of on the clean latent, as it does
+    when sampling (backward simulation; Yin et al. 2024, "Improved Distribution Matching Distillation", section 4.5).
     """
 
     networks: Networks
@@ -226,7 +255,7 @@ class DiffusionStage:
         """Weighted error of the denoised latent on a uniformly drawn noise level."""
         recipe, size, device = self.recipe, len(batch.captions), batch.clean.device
         pair = degrade_by_strength(batch.clean, recipe.degradation.degradation(), generator)
-        uniform = torch.rand((3, size), generator=generator, device=generator.device).to(device)
+        uniform = torch.rand((5, size), generator=generator, device=generator.device).to(device)
         negative = uniform[0] < recipe.negative
         with torch.no_grad():
             target = torch.where(negative[:, None, None, None], pair.lq, pair.target)
@@ -237,15 +266,30 @@ class DiffusionStage:
                 self._prompts(target, batch.captions), negative, uniform[1] < recipe.drop_text, strict=True
             )
         ]
-        q = sigma_table().to(device)[(uniform[2] * 1000).long()]  # [B]
-        denoised, control_latent = self._denoise(pair.lq, latent, prompts, q, generator)
+        table = sigma_table().to(device)
+        index = (uniform[2] * 1000).long()
+        q = table[index]  # [B]
+        origin = latent
+        if recipe.own > 0:
+            larger = table[index + (uniform[4] * (1000 - index)).long()]
+            with torch.no_grad():
+                estimate, _ = self._denoise(pair.lq, latent, prompts, larger, generator)
+            own = uniform[3] < recipe.own
+            origin = torch.where(own[:, None, None, None], estimate, latent)
+        denoised, control_latent = self._denoise(pair.lq, origin, prompts, q, generator)
         channels = self.channel_weight[None, :, None, None]
         weight = (1 + 1 / q**2).clamp(max=recipe.max_weight)[:, None, None, None]
         loss = (weight * channels * (denoised - latent).square()).mean()
-        return loss, {
+        metrics = {
             "error": (channels * (denoised - latent).square()).mean().item(),
             "error_control": (channels * (control_latent - latent).square()).mean().item(),
         }
+        if recipe.image > 0 and bool((low := q < 1).any()):
+            decoded, wanted = self.networks.vae.decode(denoised[low]).float(), target[low]
+            l1, contours = F.l1_loss(decoded, wanted), _gradient_dissimilarity(decoded, wanted)
+            loss = loss + recipe.image * (l1 + contours)
+            metrics |= {"l1": l1.item(), "contours": contours.item()}
+        return loss, metrics
 
     def pictures(self, batch: Batch, generator: Generator) -> list[Tensor]:
         """Degraded, stage 1, denoised from the largest noise and from noise as strong as the picture, the original."""

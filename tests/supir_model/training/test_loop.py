@@ -24,6 +24,7 @@ from supir_model.training.stages import (
     DiffusionStage,
     RobustEncoderStage,
     Stage,
+    _gradient_dissimilarity,
     channel_energy,
     start_from_pca,
 )
@@ -216,6 +217,48 @@ def test_the_image_loss_is_the_papers_and_optional(crops: PhotographCrops) -> No
         found[image, latent] = loss.item()
         assert ("psnr" in metrics) == (image > 0)
     assert found[1.0, 1.0] == pytest.approx(found[1.0, 0.0] + found[0.0, 1.0], rel=1e-5)
+
+
+def test_structure_counts_beside_the_papers_loss(crops: PhotographCrops) -> None:
+    networks = networks_of(0, crops)
+    batch = crops.batch(torch.Generator().manual_seed(3), 4, 32)
+    found = []
+    for structure in (0.0, 1.0, 2.0):
+        stage = stage_of(networks, recipe("robust-encoder", 1, structure=structure), crops)
+        found.append(stage.loss(batch, torch.Generator().manual_seed(4))[0].item())
+    assert 0 < found[1] - found[0] < 2  # 1 - SSIM
+    assert found[2] - found[1] == pytest.approx(found[1] - found[0], rel=1e-4)
+
+
+def test_contours_weaker_and_stronger_than_the_originals_cost() -> None:
+    sharp = torch.rand((1, 3, 24, 24), generator=torch.Generator().manual_seed(0)) - 0.5
+    costs = [float(_gradient_dissimilarity(strength * sharp, sharp)) for strength in (0.0, 0.5, 1.0, 2.0)]
+    assert costs[2] == pytest.approx(0, abs=1e-6)
+    assert costs[0] > costs[1] > costs[2] < costs[3]
+    assert float(_gradient_dissimilarity(-sharp, sharp)) == pytest.approx(0, abs=1e-6)  # strength, not sign
+
+
+def test_decoded_estimates_count_at_small_noise_alone(crops: PhotographCrops) -> None:
+    networks = networks_of(0, crops)
+    batch = crops.batch(torch.Generator().manual_seed(3), 8, 32)
+    plain, polished = (
+        stage_of(networks, recipe("joint", 1, image=image, batch=8), crops).loss(batch, torch.Generator().manual_seed(4))
+        for image in (0.0, 1.0)
+    )
+    assert "l1" not in plain[1]
+    added = polished[1]["l1"] + polished[1]["contours"]
+    assert polished[0].item() - plain[0].item() == pytest.approx(added, rel=1e-3)
+
+
+def test_noise_on_the_models_own_estimates_is_another_input(crops: PhotographCrops) -> None:
+    """Where the noise is small, the clean latent nearly answers by itself, an estimate does not."""
+    networks = networks_of(0, crops)
+    batch = crops.batch(torch.Generator().manual_seed(3), 8, 32)
+    errors = []
+    for own in (0.0, 1.0):
+        stage = stage_of(networks, recipe("joint", 1, own=own, batch=8), crops)
+        errors.append(stage.loss(batch, torch.Generator().manual_seed(4))[1]["error"])
+    assert errors[1] > errors[0]  # an estimate knows less of the picture than the picture does
 
 
 def test_captions_reach_the_text(crops: PhotographCrops) -> None:

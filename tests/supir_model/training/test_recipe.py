@@ -17,13 +17,14 @@ GOOD = "stage: joint\nsteps: 4\nbatch: 2\ncrop: 32\nlearning_rate: 1.0e-3\n"
 def test_the_projects_own_are_valid_and_named_after_what_they_do(name: str) -> None:
     recipe = load_recipe(name)
     kind, _, stage = name.partition("-")
-    assert recipe.stage == stage
+    assert recipe.stage == stage.removesuffix("-polish")
     assert recipe.model == {"tiny": "tiny", "sdxl": "v0Q"}[kind]
 
 
 def test_there_is_one_for_every_stage() -> None:
     tiny = {name for name in bundled() if name.startswith("tiny-")}
-    assert tiny == {"tiny-vae", "tiny-robust-encoder", "tiny-prior", "tiny-control", "tiny-joint"}
+    stages = {"tiny-vae", "tiny-robust-encoder", "tiny-prior", "tiny-control", "tiny-joint"}
+    assert tiny == stages | {"tiny-robust-encoder-polish", "tiny-joint-polish"}
 
 
 def test_a_trimmed_control_encoder_is_another_model() -> None:
