@@ -42,6 +42,7 @@ _D65 = np.array([0.95047, 1.0, 1.08883])
 _RGB_TO_XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
 )
+_LEAST_LOSS = 0.25 / 65535
 _STRIP_PIXELS = 2**21  # per step of a conversion that needs several temporary copies
 
 
@@ -98,6 +99,18 @@ def from_srgb(pixels: FloatImage, icc: bytes | None, bands: int) -> FloatImage:
     if icc is None:
         return pixels
     return np.clip(_transform(pixels, _srgb(), icc, 3, 3), 0.0, 1.0)
+
+
+def lost_in_srgb(pixels: FloatImage, srgb: FloatImage, icc: bytes | None) -> FloatImage | None:
+    """What the way of [h, w, bands] through sRGB loses, in values of its own space, same shape; None for nothing.
+
+    ``srgb`` is ``to_srgb(pixels, icc)``. Added to ``from_srgb`` of a restored image it brings back colors outside of
+    sRGB, and what a profile's tables lose by rounding.
+    """
+    if icc is None or pixels.shape[2] == 1:
+        return None
+    lost: FloatImage = pixels - from_srgb(srgb, icc, pixels.shape[2])
+    return lost if float(np.abs(lost).max(initial=0.0)) > _LEAST_LOSS else None
 
 
 def luma(pixels: FloatImage) -> NDArray[np.float64]:

@@ -42,13 +42,14 @@ _CUT_SHORT = re.compile(
 class DecodedTile:
     """A tile on its way to the engine.
 
-    ``pixels`` [h, w, 3] float32 sRGB in [0, 1]; ``alpha`` [h, w] in [0, 1], size 0 if the source has none. Both are
-    empty when there is no work.
+    ``pixels`` [h, w, 3] float32 sRGB in [0, 1]. ``carried`` [h, w, 0 to 4] float32 goes past the engine: alpha, where
+    ``facts.has_alpha``, then the three bands of ``color.lost_in_srgb``, where ``facts.carries_color``. Both are empty
+    when there is no work.
     """
 
     ticket: TileTicket
     pixels: FloatImage
-    alpha: NDArray[np.float32]
+    carried: FloatImage
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,13 @@ def decode(job: Job, alignment: int, seen: TileTicket | None = None) -> Iterator
     """
     blank = seen or TileTicket(job, started_at=_now())
     if not blank.has_work:
-        yield DecodedTile(blank, _NO_PIXELS, _NO_ALPHA)
+        yield DecodedTile(blank, _NO_PIXELS, _NO_PIXELS)
         return
     try:
         yield from _decode(blank, alignment)
     except Exception as error:
         failed = dataclasses.replace(blank, failure=failure_of("decode", job.source, error))
-        yield DecodedTile(failed, _NO_PIXELS, _NO_ALPHA)
+        yield DecodedTile(failed, _NO_PIXELS, _NO_PIXELS)
 
 
 def read_srgb(path: Path) -> tuple[FloatImage, NDArray[np.float32]]:
@@ -138,7 +139,7 @@ def _decode(blank: TileTicket, alignment: int) -> Iterator[DecodedTile]:
         if facts is None:
             raise ValueError("the ticket carries no image facts")
         if _is_committed(ticket):
-            yield DecodedTile(dataclasses.replace(ticket, recovered=True), _NO_PIXELS, _NO_ALPHA)
+            yield DecodedTile(dataclasses.replace(ticket, recovered=True), _NO_PIXELS, _NO_PIXELS)
             return
         raster = _read(path, header)
         described = metadata.read_metadata(path)
@@ -146,26 +147,30 @@ def _decode(blank: TileTicket, alignment: int) -> Iterator[DecodedTile]:
     rgb = color.to_srgb(raster.color, raster.icc)
     small = resample.reduce_to(rgb, color.TONE_SIZE)
     tone = color.Tone("neutral") if facts.bands == 1 else color.measure_tone(small)
+    lost = color.lost_in_srgb(raster.color, rgb, raster.icc) if tone.kind == "color" else None
+    carried = np.dstack(
+        [np.zeros((*rgb.shape[:2], 0), np.float32)]
+        + ([raster.alpha] if raster.alpha.size else [])
+        + ([lost] if lost is not None else [])
+    )
     facts = dataclasses.replace(
         facts,
         icc=raster.icc,
         notes=(*facts.notes, *raster.notes, *described.notes),
+        carries_color=lost is not None,
         tone=tone.kind,
         tone_curve=tone.curve,
-        contrast=float(color.luma(small).std()),
     )
     change_size = released.to_work if chosen.geometry == "released" else resample.resize
     working = change_size(rgb, facts.work_width, facts.work_height)
-    alpha = raster.alpha
-    if alpha.size:
-        alpha = resample.resize_plane(alpha, facts.work_width, facts.work_height)
+    carried = resample.resize(carried, facts.work_width, facts.work_height, clip=False)
     ticket = watch.record(dataclasses.replace(ticket, facts=facts, source_metadata=described.to_bytes()))
     for box in tiles.plan_tiles(facts.work_width, facts.work_height, chosen.max_pixels, chosen.overlap, alignment):
         rows, columns = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
         yield DecodedTile(
             dataclasses.replace(ticket, box=box),
             np.ascontiguousarray(working[rows, columns]),
-            np.ascontiguousarray(alpha[rows, columns]) if alpha.size else _NO_ALPHA,
+            np.ascontiguousarray(carried[rows, columns]),
         )
 
 

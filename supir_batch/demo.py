@@ -151,7 +151,7 @@ def _items() -> tuple[_Item, ...]:
 
 
 def _load(name: str) -> FloatImage:
-    from skimage import data  # noqa: PLC0415 - the demo extra
+    from skimage import data  # noqa: PLC0415 - photographs that only building the demo needs
 
     pixels: NDArray[np.uint8] = getattr(data, name)()
     if pixels.ndim == 2:
@@ -314,7 +314,7 @@ def _grey_profile() -> bytes:
 
 
 def _fidelity(pixels: FloatImage, reference: FloatImage) -> tuple[float, float]:
-    from skimage import metrics  # noqa: PLC0415 - the demo extra
+    from skimage import metrics  # noqa: PLC0415 - likewise
 
     pixels = resample.resize(pixels, reference.shape[1], reference.shape[0])
     error = float(np.mean(np.square(pixels.astype(np.float64) - reference)))

@@ -29,6 +29,10 @@ class Engine(Protocol):
         """Restored tiles [h, w, 3], same sizes and order; in [0, 1], or around it under geometry ``released``."""
         ...
 
+    def restore_again(self, ticket: TileTicket, tile: FloatImage) -> FloatImage | None:
+        """Another attempt at a tile that went wrong, with the ticket's new seed; None if it could not differ."""
+        ...
+
 
 class LanczosEngine:
     """The non-generative baseline: the decoder has already resampled the image, so nothing is left to do."""
@@ -38,6 +42,10 @@ class LanczosEngine:
     def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
         """The tiles themselves."""
         return list(tiles)
+
+    def restore_again(self, ticket: TileTicket, tile: FloatImage) -> FloatImage | None:
+        """None: there is nothing to draw."""
+        return None
 
 
 class SupirEngine:
@@ -60,6 +68,11 @@ class SupirEngine:
             for i, tensor in zip(members, self.model.restore(requests, sampling), strict=True):
                 restored[i] = ((tensor + 1) / 2).permute(1, 2, 0).contiguous().numpy()
         return [tile for tile in restored if tile is not None]
+
+    def restore_again(self, ticket: TileTicket, tile: FloatImage) -> FloatImage | None:
+        """Sample once more, in float32."""
+        with self.model.in_float32():
+            return self.restore([ticket], [tile])[0]
 
     @staticmethod
     def _by_sampling(tickets: Sequence[TileTicket]) -> dict[Sampling, list[int]]:

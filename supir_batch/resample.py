@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from supir_batch.types import FloatImage
 
 
-def resize(pixels: FloatImage, width: int, height: int) -> FloatImage:
-    """Resize [h, w, C] in [0, 1] to [height, width, C], clipped to [0, 1]; the very same array if the size is right.
+def resize(pixels: FloatImage, width: int, height: int, clip: bool = True) -> FloatImage:
+    """Resize [h, w, C] to [height, width, C], clipped to [0, 1] unless told; the very same array if the size is right.
 
     Edges keep their place: the whole image maps to the whole image, without cropping or padding.
     """
@@ -18,17 +17,9 @@ def resize(pixels: FloatImage, width: int, height: int) -> FloatImage:
         return pixels
     result = np.empty((height, width, pixels.shape[2]), np.float32)
     for band in range(pixels.shape[2]):
-        result[..., band] = resize_plane(pixels[..., band], width, height)
-    return result
-
-
-def resize_plane(plane: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
-    """Resize one [h, w] plane in [0, 1]; see ``resize``."""
-    if plane.shape == (height, width):
-        return plane
-    image = Image.fromarray(np.ascontiguousarray(plane, dtype=np.float32))  # mode F: Pillow computes in floats
-    resized = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
-    return np.clip(resized, 0.0, 1.0)
+        plane = Image.fromarray(np.ascontiguousarray(pixels[..., band], dtype=np.float32))  # mode F: floats throughout
+        result[..., band] = np.asarray(plane.resize((width, height), Image.Resampling.LANCZOS))
+    return np.clip(result, 0.0, 1.0, out=result) if clip else result
 
 
 def reduce_to(pixels: FloatImage, longer_side: int) -> FloatImage:

@@ -47,6 +47,8 @@ def _arrow_type(hint: Any) -> pa.DataType:
 
 _SETTING_TYPES = {key: _arrow_type(hint) for key, hint in get_type_hints(Settings).items()}
 
+_SCORES = ("color_drift", "similarity", "dead", "seam")
+
 SCHEMA = pa.schema(
     [
         ("run_id", pa.string()),
@@ -85,6 +87,9 @@ SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("prompt_source", pa.string()),
         ("seed", pa.int64()),
+        ("restored_again", pa.bool_()),
+        ("gate_finite", pa.bool_()),
+        *((f"gate_{key}", pa.float64()) for key in _SCORES),
         *((f"setting_{key}", kind) for key, kind in _SETTING_TYPES.items()),
         *((f"seconds_{stage}", pa.float64()) for stage in STAGES),
         ("peak_memory_bytes", pa.int64()),
@@ -154,6 +159,9 @@ def to_row(outcome: Outcome, run_id: str) -> dict[str, Any]:
             "tone": facts.tone,
             "notes": "; ".join(facts.notes) or None,
         }
+    if ticket.scores is not None:
+        row |= {"restored_again": ticket.again, "gate_finite": ticket.scores.finite}
+        row |= {f"gate_{key}": getattr(ticket.scores, key) for key in _SCORES}
     if failure is not None:
         row |= {f"failure_{field.name}": getattr(failure, field.name) for field in dataclasses.fields(failure)}
     row |= {f"setting_{key}": value for key, value in dataclasses.asdict(job.settings).items()}

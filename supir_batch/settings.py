@@ -33,7 +33,7 @@ from pydantic import (
 
 from supir_batch import model_folder, store
 from supir_batch.errors import ManifestError
-from supir_batch.types import Settings, Source
+from supir_batch.types import GateLimits, Settings, Source
 from supir_model.config import (
     MODELS,
     TINY,
@@ -286,6 +286,23 @@ class Tiling(_Section):
         return self
 
 
+class Gate(_Section):
+    """What an output must be like to be kept. Left out: as the preset says. A tile that fails is restored once more."""
+
+    color_drift: float | None = Field(
+        default=None, gt=0, description="Largest mean Delta E 2000 against the source, both reduced."
+    )
+    similarity: float | None = Field(
+        default=None, ge=-1, le=1, description="Smallest SSIM of luma against the source, both reduced."
+    )
+    dead: float | None = Field(
+        default=None, ge=0, le=1, description="Largest share of the area that is constant and was not."
+    )
+    seam: float | None = Field(
+        default=None, gt=0, le=1, description="Most that tiles may differ where they overlap, mean of [0, 1]."
+    )
+
+
 class Provenance(_Section):
     """What is written into each output about its making."""
 
@@ -331,6 +348,7 @@ class Manifest(_Section):
     engine: Engine = Engine()
     caption: Caption = Caption()
     tiling: Tiling = Tiling()
+    gate: Gate = Gate()
     provenance: Provenance = Provenance()
     runtime: Runtime = Runtime()
 
@@ -694,6 +712,7 @@ def resolve(
         seed=source.seed if generative else None,
         format=manifest.output.format,
         bit_depth=None if manifest.output.bit_depth == "source" else manifest.output.bit_depth,
+        **{f"gate_{key}": value for key, value in dataclasses.asdict(_gate(manifest)).items()},
         notice=manifest.provenance.notice,
         operator=manifest.provenance.operator,
         organization=manifest.provenance.organization,
@@ -729,6 +748,18 @@ def _sampling(manifest: Manifest) -> dict[str, Any]:
     for key in _UNUSED[values["sampler"]]:
         values[key] = 0.0
     return values
+
+
+# Far above what sound outputs score and far below ruined ones; docs/gate.md has the measurements.
+_CLOSE = GateLimits(color_drift=5.0, similarity=0.85, dead=0.02, seam=0.05)
+_FREE = GateLimits(color_drift=8.0, similarity=0.75, dead=0.02, seam=0.08)
+
+
+def _gate(manifest: Manifest) -> GateLimits:
+    """The limits: the manifest's where given, else the preset's."""
+    free = manifest.engine.name == "supir" and manifest.engine.preset.startswith("quality")
+    given = {key: value for key, value in manifest.gate.model_dump().items() if value is not None}
+    return dataclasses.replace(_FREE if free else _CLOSE, **given)
 
 
 def _window(manifest: Manifest) -> tuple[int, int]:
@@ -797,9 +828,12 @@ def explain(manifest: Manifest) -> list[Explained]:
     of_release = manifest.caption.prompts == "release"
     origin = f"prompts {'of the release' if of_release else f'for {manifest.caption.material}'} of {engine.config.name}"
     prompts = _prompts(manifest, None)
-    filled: dict[str, tuple[object, str]] = {}
+    gate_origin = f"preset {engine.preset}" if generative else "default"
+    filled: dict[str, tuple[object, str]] = {
+        f"gate.{key}": (value, gate_origin) for key, value in dataclasses.asdict(_gate(manifest)).items()
+    }
     if generative:
-        filled = {f"engine.{key}": (value, preset) for key, value in _sampling(manifest).items()}
+        filled |= {f"engine.{key}": (value, preset) for key, value in _sampling(manifest).items()}
         window, stride = _window(manifest)
         filled |= {
             "engine.min_size": (_min_size(manifest), model),
@@ -884,3 +918,8 @@ def item_seed(settings: Settings, source_sha256: str) -> int:
         return settings.seed
     digest = hashlib.sha256(f"{settings.run_seed}:{source_sha256}".encode("ascii")).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def second_seed(seed: int) -> int:
+    """The seed of another attempt at a tile that went wrong with ``seed``, in [0, 2**63)."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:again".encode("ascii")).digest()[:8], "big") >> 1

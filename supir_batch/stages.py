@@ -13,16 +13,18 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from supir_batch import captions, engine, runlog
+from supir_batch import captions, engine, gate, runlog
 from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.captioner import Captioner, load_captioner
+from supir_batch.color import Tone
 from supir_batch.decode import decode, preview
 from supir_batch.engine import Device, Engine
 from supir_batch.errors import EngineError
-from supir_batch.types import Job, ModelRef, Outcome, TileTicket
+from supir_batch.settings import second_seed
+from supir_batch.types import FloatImage, Job, ModelRef, Outcome, TileTicket
 from supir_batch.write import write
 
-Row = dict[str, Any]  # ticket: pickled TileTicket; preview, or pixels and alpha: float32 arrays, empty once used up
+Row = dict[str, Any]  # ticket: pickled TileTicket; preview, or pixels and carried: float32 arrays, empty once used up
 
 _EMPTY = np.zeros((0, 0, 3), np.float32)
 
@@ -57,7 +59,7 @@ def decode_stage(row: Row) -> list[Row]:
     ticket: TileTicket = pickle.loads(row["ticket"])
     seen = ticket if wants_caption(ticket.job) else None
     return [
-        {"ticket": pickle.dumps(tile.ticket), "pixels": tile.pixels, "alpha": tile.alpha}
+        {"ticket": pickle.dumps(tile.ticket), "pixels": tile.pixels, "carried": tile.carried}
         for tile in decode(ticket.job, engine.alignment(ticket.job.model), seen)
     ]
 
@@ -170,12 +172,29 @@ class RestoreStage(_ModelStage[Engine]):
         pixels = list(batch["pixels"])
         restored = loaded.restore([tickets[i] for i in working], [pixels[i] for i in working])
         for i, tile in zip(working, restored, strict=True):
-            pixels[i] = tile
+            tickets[i], pixels[i] = _through_gate(loaded, tickets[i], pixels[i], tile)
         batch["pixels"] = pixels
+
+
+def _through_gate(
+    engine: Engine, ticket: TileTicket, before: FloatImage, after: FloatImage
+) -> tuple[TileTicket, FloatImage]:
+    """Measure a restored tile; one that went wrong gets a second and last attempt, whatever that is like."""
+    if ticket.facts is None:
+        raise ValueError("the ticket carries no image facts")
+    tone = Tone(ticket.facts.tone, ticket.facts.tone_curve)
+    first = dataclasses.replace(ticket, scores=(scores := gate.measure(before, after, tone)))
+    if not gate.complaints(scores, ticket.job.settings.gate):
+        return first, after
+    again = dataclasses.replace(ticket, again=True, seed=second_seed(ticket.seed))
+    another = engine.restore_again(again, before)
+    if another is None:
+        return first, after
+    return dataclasses.replace(again, scores=gate.measure(before, another, tone)), another
 
 
 def write_stage(row: Row, run_id: str) -> list[Row]:
     """Tile to the run-log row of its image, or to nothing while other tiles of the image are still on their way."""
     ticket: TileTicket = pickle.loads(row["ticket"])
-    outcome = write(ticket, row["pixels"], row["alpha"])
+    outcome = write(ticket, row["pixels"], row["carried"])
     return [] if outcome is None else [runlog.to_row(outcome, run_id)]

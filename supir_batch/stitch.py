@@ -32,3 +32,15 @@ def stitch(parts: Sequence[tuple[TileBox, FloatImage]], width: int, height: int,
         raise ValueError(f"{len(parts)} tiles do not cover the {width} x {height} image")
     total /= weight
     return total
+
+
+def seam(parts: Sequence[tuple[TileBox, FloatImage]], whole: FloatImage, overlap: int) -> float:
+    """How far tiles differ from their blend where they overlap: mean distance of colors, of the worst tile."""
+    height, width = whole.shape[:2]
+    distances = [0.0]
+    for box, pixels in parts:
+        shared = tiles.feather(box, (width, height), overlap) < 1
+        if shared.any():
+            blend = whole[box.y : box.y + box.height, box.x : box.x + box.width, :3]
+            distances.append(float(np.abs(pixels[..., :3] - blend)[shared].mean()))
+    return max(distances)

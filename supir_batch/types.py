@@ -93,10 +93,46 @@ class Settings:
     seed: int | None  # None: from the source's hash
     format: OutputFormat | Literal["source"]
     bit_depth: Literal[8, 16] | None  # None: as the source
+    gate_color_drift: float
+    gate_similarity: float
+    gate_dead: float
+    gate_seam: float
     notice: str
     operator: str | None
     organization: str | None
     accepted_license: str | None
+
+    @property
+    def gate(self) -> GateLimits:
+        """What the output may score."""
+        return GateLimits(self.gate_color_drift, self.gate_similarity, self.gate_dead, self.gate_seam)
+
+
+@dataclass(frozen=True)
+class GateLimits:
+    """What an output may score at most, ``similarity`` at least; meanings in :class:`GateScores`."""
+
+    color_drift: float
+    similarity: float
+    dead: float
+    seam: float
+
+
+@dataclass(frozen=True)
+class GateScores:
+    """How a tile, or an image of several, compares with what it was restored from; measured by ``gate``.
+
+    ``area`` in pixels. ``color_drift``: mean Delta E 2000. ``similarity``: SSIM of luma. ``dead``: share of the area
+    that is constant and was not. ``seam``: most that two tiles differ where they overlap, mean of [0, 1]; None for an
+    image of one tile.
+    """
+
+    area: int
+    finite: bool
+    color_drift: float
+    similarity: float
+    dead: float
+    seam: float | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +170,7 @@ class Job:
 class ImageFacts:
     """What the decoder learned about a source (header, hash, color), and what the writer needs to answer in kind.
 
-    ``tone`` and ``tone_curve`` are color.Tone's; ``contrast`` is the standard deviation of the source's luma in [0, 1].
+    ``tone`` and ``tone_curve`` are color.Tone's.
     """
 
     sha256: str
@@ -152,9 +188,9 @@ class ImageFacts:
     work_width: int  # size the engine works at; differs from output only through min_size
     work_height: int
     notes: tuple[str, ...] = ()
+    carries_color: bool = False  # tiles bring along what the way through sRGB loses
     tone: Literal["color", "neutral", "toned"] = "color"
     tone_curve: tuple[tuple[float, float], ...] = ()
-    contrast: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -204,6 +240,8 @@ class TileTicket:
     seed: int = 0
     caption: str = ""
     prompt: str = ""  # the full positive prompt the engine used
+    scores: GateScores | None = None  # of the tile; of the image once it is whole
+    again: bool = False  # the tile went wrong and was restored a second time
     failure: Failure | None = None
     recovered: bool = False
     records: tuple[StageRecord, ...] = ()

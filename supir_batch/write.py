@@ -9,24 +9,25 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import io
+import json
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from supir_batch import color, commit, encode, metadata, provenance, released, resample, stitch, store
+from supir_batch import color, commit, encode, gate, metadata, provenance, released, resample, stitch, store
 from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.commit import Committed
 from supir_batch.errors import ImageError, StoreError
-from supir_batch.types import Failure, FloatImage, ImageFacts, Job, Outcome, Settings, TileBox, TileTicket
-
-FLAT_OUTPUT, FLAT_SOURCE = 0.5 / 255, 2.0 / 255
-"""An output whose luma varies less than the first while its source's varies more than the second is a failed one."""
+from supir_batch.settings import item_seed, second_seed
+from supir_batch.types import Failure, FloatImage, GateScores, ImageFacts, Job, Outcome, Settings, TileBox, TileTicket
 
 
-def write(ticket: TileTicket, pixels: FloatImage, alpha: NDArray[np.float32]) -> Outcome | None:
-    """Take one restored tile ([h, w, 3] sRGB in [0, 1], alpha [h, w] or size 0) to its end.
+def write(ticket: TileTicket, pixels: FloatImage, carried: FloatImage) -> Outcome | None:
+    """Take one restored tile ([h, w, 3] sRGB in [0, 1], and what was carried past the engine) to its end.
 
     Returns the outcome of the image when this call finished it, failed it, or found it finished, and None while other
     tiles are still to come. No exception leaves: what is wrong becomes a failed outcome.
@@ -34,7 +35,7 @@ def write(ticket: TileTicket, pixels: FloatImage, alpha: NDArray[np.float32]) ->
     if ticket.failure is not None:
         return _failed(ticket, ticket.failure)
     try:
-        return _write(ticket, pixels, alpha)
+        return _write(ticket, pixels, carried)
     except Exception as error:
         return _failed(ticket, failure_of("write", ticket.job.source, error))
 
@@ -52,7 +53,7 @@ def _done(ticket: TileTicket, output: Committed) -> Outcome:
     return Outcome(ticket, "done", output.uri, output.sha256, output.size, output.finished_at)
 
 
-def _write(ticket: TileTicket, pixels: FloatImage, alpha: NDArray[np.float32]) -> Outcome | None:
+def _write(ticket: TileTicket, pixels: FloatImage, carried: FloatImage) -> Outcome | None:
     watch = Stopwatch("write")
     job, facts, box = ticket.job, ticket.facts, ticket.box
     if facts is None:
@@ -65,30 +66,51 @@ def _write(ticket: TileTicket, pixels: FloatImage, alpha: NDArray[np.float32]) -
     if box is None:
         raise ValueError("the ticket carries no tile box")
     _check_tile(pixels, box)
-    tile = np.concatenate([pixels, alpha[..., None]], axis=2) if alpha.size else pixels
+    tile = np.concatenate([pixels, carried], axis=2) if carried.size else pixels
+    part = _Part(box, tile, ticket.scores, ticket.again)
     if box.count == 1:
-        return _finish(ticket, facts, tile, watch)
+        return _finish(_of_image(ticket, facts, [part], None), facts, tile, watch)
 
     # a tile that comes late, because another run or a retry has already finished the image
     if (there := commit.committed(job, ticket.fingerprint, facts.format)) is not None:
         return _done(ticket, there)
-    store.write_atomic(part_uri(job, ticket.fingerprint, box.index), _pack(box, tile))
+    store.write_atomic(part_uri(job, ticket.fingerprint, box.index), part.pack())
     names = [part_uri(job, ticket.fingerprint, index) for index in range(box.count)]
     # each writer looks only after its own part is in place, so at least one of them sees all
     if not all(store.exists(name) for name in names):
         return None
     try:
-        parts = [_unpack(store.read_bytes(name)) for name in names]
+        parts = [_Part.unpack(store.read_bytes(name)) for name in names]
     except StoreError:
         there = commit.committed(job, ticket.fingerprint, facts.format)
         if there is None:
             raise
         return _done(ticket, there)  # another writer assembled the image and removed the parts meanwhile
-    whole = stitch.stitch(parts, facts.work_width, facts.work_height, job.settings.overlap)
-    outcome = _finish(ticket, facts, whole, watch)
+    tiles = [(part.box, part.tile) for part in parts]
+    whole = stitch.stitch(tiles, facts.work_width, facts.work_height, job.settings.overlap)
+    seam = stitch.seam(tiles, whole, job.settings.overlap)
+    outcome = _finish(_of_image(ticket, facts, parts, seam), facts, whole, watch)
     for name in names:
         store.delete(name)
     return outcome
+
+
+def _of_image(ticket: TileTicket, facts: ImageFacts, parts: Sequence[_Part], seam: float | None) -> TileTicket:
+    """The ticket of the last tile, with what concerns the whole image."""
+    seed = item_seed(ticket.job.settings, facts.sha256)
+    again = [str(part.box.index + 1) for part in parts if part.again]
+    if again:
+        seeds = f"restored again with seed {second_seed(seed)} instead of {seed}"
+        note = f"{seeds}, in float32, after the output gate: tiles {', '.join(again)} of {len(parts)}"
+        facts = dataclasses.replace(facts, notes=(*facts.notes, note))
+    scores = [part.scores for part in parts if part.scores is not None]
+    return dataclasses.replace(
+        ticket,
+        facts=facts,
+        seed=second_seed(seed) if len(again) == len(parts) else seed,
+        again=bool(again),
+        scores=dataclasses.replace(gate.combine(scores), seam=seam) if scores else None,
+    )
 
 
 def _check_tile(pixels: FloatImage, box: TileBox) -> None:
@@ -106,14 +128,16 @@ def _check_tile(pixels: FloatImage, box: TileBox) -> None:
 
 
 def _finish(ticket: TileTicket, facts: ImageFacts, tile: FloatImage, watch: Stopwatch) -> Outcome:
-    """From the whole image at working size ([h, w, 3 or 4]) to the committed output."""
+    """From the whole image at working size ([h, w, 3] and what was carried) to the committed output."""
     job, settings = ticket.job, ticket.job.settings
+    if ticket.scores is not None and (wrong := gate.complaints(ticket.scores, settings.gate)):
+        return _failed(ticket, failure_of("write", job.source, _refusal(wrong)))
     whole = _at_output_size(tile, facts, settings)
     rgb = color.apply_tone(np.clip(whole[..., :3], 0.0, 1.0), color.Tone(facts.tone, facts.tone_curve))
-    alpha = np.clip(whole[..., 3], 0.0, 1.0) if whole.shape[2] == 4 else np.zeros((0, 0), np.float32)
-    spread = float(color.luma(rgb).std())
-    if spread < FLAT_OUTPUT and facts.contrast > FLAT_SOURCE:
-        raise ImageError("bad-output", f"the output is one flat tone (deviation {spread:.5f}); run it again")
+    alpha = np.clip(whole[..., 3], 0.0, 1.0) if facts.has_alpha else np.zeros((0, 0), np.float32)
+    pixels = color.from_srgb(rgb, facts.icc, facts.bands)
+    if facts.carries_color:
+        pixels = np.clip(pixels + whole[..., -3:], 0.0, 1.0)
 
     file_format = encode.output_format(facts.format, settings)
     bit_depth = encode.output_depth(facts.bit_depth, file_format, settings)
@@ -132,7 +156,7 @@ def _finish(ticket: TileTicket, facts: ImageFacts, tile: FloatImage, watch: Stop
     output = commit.output_uri(job, facts.format)
     with tempfile.TemporaryDirectory(prefix="supir-batch-") as folder:
         path = Path(folder) / f"output{encode.EXTENSIONS[file_format]}"
-        encode.encode(color.from_srgb(rgb, facts.icc, facts.bands), alpha, path, spec)
+        encode.encode(pixels, alpha, path, spec)
         if big:
             written = (*packet_notes, "a BigTIFF can hold XMP but not the source's EXIF and IPTC")
         else:
@@ -145,13 +169,18 @@ def _finish(ticket: TileTicket, facts: ImageFacts, tile: FloatImage, watch: Stop
     return _done(finished, result)
 
 
+def _refusal(wrong: Sequence[str]) -> ImageError:
+    advice = "look at the source; try another preset, prompt or seed, or allow more in the manifest's gate section"
+    return ImageError("gate", f"the restored image did not pass the output gate: {', '.join(wrong)}; {advice}")
+
+
 def _at_output_size(whole: FloatImage, facts: ImageFacts, settings: Settings) -> FloatImage:
-    """Working size to output size, [h, w, 3 or 4]; the release knows no alpha, so that goes its usual way."""
+    """Working size to output size; the release knows nothing that is carried, so that goes its usual way."""
     width, height = facts.output_width, facts.output_height
     if settings.geometry == "pad":
-        return resample.resize(whole, width, height)
+        return resample.resize(whole, width, height, clip=False)
     rgb = released.to_output(whole[..., :3], width, height).astype(np.float32) / np.float32(255)
-    return np.concatenate([rgb, resample.resize(whole[..., 3:], width, height)], axis=2)
+    return np.concatenate([rgb, resample.resize(whole[..., 3:], width, height, clip=False)], axis=2)
 
 
 def _sidecar(ticket: TileTicket, record: provenance.ProvenanceRecord, output: Committed) -> dict[str, object]:
@@ -159,6 +188,7 @@ def _sidecar(ticket: TileTicket, record: provenance.ProvenanceRecord, output: Co
     return {
         **provenance.to_json(record),
         "notes": list(ticket.facts.notes) if ticket.facts is not None else [],
+        "gate": None if ticket.scores is None else dataclasses.asdict(ticket.scores) | {"restored_again": ticket.again},
         "output": {"name": store.name(output.uri), "sha256": output.sha256, "bytes": output.size},
         "run": {
             "finished_at": output.finished_at,
@@ -168,15 +198,29 @@ def _sidecar(ticket: TileTicket, record: provenance.ProvenanceRecord, output: Co
     }
 
 
-def _pack(box: TileBox, tile: FloatImage) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, box=np.array(dataclasses.astuple(box)), pixels=tile)
-    return buffer.getvalue()
+@dataclass(frozen=True)
+class _Part:
+    """A tile that waits for the others; ``tile`` [h, w, 3 or 4]."""
 
+    box: TileBox
+    tile: FloatImage
+    scores: GateScores | None
+    again: bool
 
-def _unpack(data: bytes) -> tuple[TileBox, FloatImage]:
-    with np.load(io.BytesIO(data), allow_pickle=False) as part:
-        return TileBox(*(int(number) for number in part["box"])), part["pixels"]
+    def pack(self) -> bytes:
+        about: dict[str, Any] = {"box": dataclasses.astuple(self.box), "again": self.again}
+        if self.scores is not None:
+            about["scores"] = dataclasses.astuple(self.scores)
+        buffer = io.BytesIO()
+        np.savez(buffer, about=np.array(json.dumps(about)), pixels=self.tile)
+        return buffer.getvalue()
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        with np.load(io.BytesIO(data), allow_pickle=False) as part:
+            about = json.loads(str(part["about"]))
+            scores = GateScores(*about["scores"]) if "scores" in about else None
+            return cls(TileBox(*about["box"]), part["pixels"], scores, about["again"])
 
 
 def _now() -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -182,6 +183,21 @@ class SupirModel:
         networks, config = load_networks(source, target, precision)
         networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return cls(networks, config, target, precision)
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Compute in float32 for a while; weights held in half precision are widened and come back as they were."""
+        held = {name: parameter.dtype for name, parameter in self.networks.named_parameters()}
+        formats, first = self._formats, self._first
+        self._formats = FORMATS["float32"]
+        self._first = FirstStage(self.networks.vae, self.config, self.device, "float32")
+        self.networks.float()
+        try:
+            yield
+        finally:
+            self._formats, self._first = formats, first
+            for name, parameter in self.networks.named_parameters():
+                parameter.data = parameter.data.to(held[name])
 
     def first_stage(self, image: Tensor) -> Tensor:
         """What the robust encoder sees behind a degraded image: [3, H, W] to [3, H, W], both in [-1, 1]."""

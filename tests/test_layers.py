@@ -61,6 +61,7 @@ SUPIR_BATCH = [
     "resample",
     "released",
     "color",
+    "gate",
     "provenance",
     "metadata",
     "encode",

@@ -68,17 +68,20 @@ def _structure(a: Tensor, b: Tensor) -> Tensor:
 def _gradient_dissimilarity(a: Tensor, b: Tensor) -> Tensor:
     """1 - mean gradient magnitude similarity (Xue et al. 2014, equation 4) of images [B, 3, H, W] in [-1, 1].
 
-    It asks for contours and texture as strong as the target's, and not, as a mean error does, for none where their
-    exact place is unknown.
+    Mean of full and half size. It asks for contours and texture as strong as the target's, and not, as a mean error
+    does, for none where their exact place is unknown.
     """
 
     def magnitude(x: Tensor) -> Tensor:
         horizontal, vertical = _image_gradients(x.mean(dim=1))
         return (horizontal[:, 1:].square() + vertical[:, :, 1:].square() + 1e-6).sqrt()
 
-    p, q = magnitude(a), magnitude(b)
     constant = 170 / 127.5**2
-    return 1 - ((2 * p * q + constant) / (p.square() + q.square() + constant)).mean()
+    similarities = []
+    for x, y in ((a, b), (F.avg_pool2d(a, 2), F.avg_pool2d(b, 2))):
+        p, q = magnitude(x), magnitude(y)
+        similarities.append(((2 * p * q + constant) / (p.square() + q.square() + constant)).mean())
+    return 1 - torch.stack(similarities).mean()
 
 
 @torch.no_grad()
@@ -232,9 +235,10 @@ class DiffusionStage:
     without a caption; max_weight is the most that an error of the denoised latent may cost at small noise levels, where
     1 is its cost at large ones; in terms of min-SNR (Hang et al. 2023) snr + 1 is clamped, not snr, because with
     control even the largest noise level leaves a picture to be predicted. image is the weight of the loss on decoded
-    estimates at noise levels below 1: L1, and contours as strong as the target's. own is the share of samples whose
-    noise lies on an estimate of the model itself from a larger noise level instead of on the clean latent, as it does
-    when sampling (backward simulation; Yin et al. 2024, "Improved Distribution Matching Distillation", section 4.5).
+    estimates at noise levels below 1: L1, and contours as strong as the target's. own is the share of samples with a
+    noise level below 1 whose noise lies, as it does when sampling, on an estimate of the model itself from a larger
+    level, pulled to the control latent, instead of on the clean latent (backward simulation; Yin et al. 2024, "Improved
+    Distribution Matching Distillation", section 4.5).
     """
 
     networks: Networks
@@ -255,7 +259,7 @@ class DiffusionStage:
         """Weighted error of the denoised latent on a uniformly drawn noise level."""
         recipe, size, device = self.recipe, len(batch.captions), batch.clean.device
         pair = degrade_by_strength(batch.clean, recipe.degradation.degradation(), generator)
-        uniform = torch.rand((5, size), generator=generator, device=generator.device).to(device)
+        uniform = torch.rand((6, size), generator=generator, device=generator.device).to(device)
         negative = uniform[0] < recipe.negative
         with torch.no_grad():
             target = torch.where(negative[:, None, None, None], pair.lq, pair.target)
@@ -267,14 +271,16 @@ class DiffusionStage:
             )
         ]
         table = sigma_table().to(device)
-        index = (uniform[2] * 1000).long()
+        own = uniform[3] < recipe.own
+        index = (uniform[2] * torch.where(own, int((table < 1).sum()), len(table))).long()
         q = table[index]  # [B]
         origin = latent
         if recipe.own > 0:
-            larger = table[index + (uniform[4] * (1000 - index)).long()]
+            larger = table[index + (uniform[4] * (len(table) - index)).long()]
             with torch.no_grad():
-                estimate, _ = self._denoise(pair.lq, latent, prompts, larger, generator)
-            own = uniform[3] < recipe.own
+                estimate, center = self._denoise(pair.lq, latent, prompts, larger, generator)
+                pull = (larger / table[-1]) ** (0.25 + 0.75 * uniform[5])  # taus from 0.25 to 1
+                estimate = estimate.lerp(center, pull[:, None, None, None])
             origin = torch.where(own[:, None, None, None], estimate, latent)
         denoised, control_latent = self._denoise(pair.lq, origin, prompts, q, generator)
         channels = self.channel_weight[None, :, None, None]

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 
@@ -61,6 +62,10 @@ PLAIN = Settings(
     seed=None,
     format="source",
     bit_depth=None,
+    gate_color_drift=5.0,
+    gate_similarity=0.6,
+    gate_dead=0.05,
+    gate_seam=0.05,
     notice=NOTICE,
     operator=None,
     organization=None,
@@ -95,11 +100,22 @@ def restore(make_job: MakeJob) -> Restore:
         last: Outcome | None = None
         for tile in decode(make_job(path, **options), 16):
             ticket = dataclasses.replace(tile.ticket, prompt=prompt)
-            last = write(ticket, change(tile.pixels) if ticket.has_work else tile.pixels, tile.alpha) or last
+            last = write(ticket, change(tile.pixels) if ticket.has_work else tile.pixels, tile.carried) or last
         assert last is not None, "no tile brought the image to its end"
         return last
 
     return run
+
+
+@pytest.fixture(params=["Adobe RGB", "Display P3", "ProPhoto"])
+def wide_profile(request: pytest.FixtureRequest) -> bytes:
+    """The ICC profile of a space with colors outside of sRGB, made of its white point, primaries and gamma."""
+    white, primaries, gamma = {
+        "Adobe RGB": ((0.3127, 0.3290), (0.64, 0.33, 1, 0.21, 0.71, 1, 0.15, 0.06, 1), 563 / 256),
+        "Display P3": ((0.3127, 0.3290), (0.68, 0.32, 1, 0.265, 0.69, 1, 0.15, 0.06, 1), 2.2),
+        "ProPhoto": ((0.3457, 0.3585), (0.7347, 0.2653, 1, 0.1596, 0.8404, 1, 0.0366, 0.0001, 1), 1.8),
+    }[request.param]
+    return bytes(imagecodecs.cms_profile("rgb", whitepoint=[*white, 1.0], primaries=list(primaries), gamma=gamma))
 
 
 @pytest.fixture

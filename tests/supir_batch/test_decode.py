@@ -30,7 +30,7 @@ def _failed(job: Job) -> str:
     assert tile.ticket.failure is not None
     assert tile.ticket.failure.stage == "decode"
     assert tile.ticket.failure.message.startswith(f"list.csv:2: {job.source.uri}: ")
-    assert tile.pixels.size == tile.alpha.size == 0
+    assert tile.pixels.size == tile.carried.size == 0
     return tile.ticket.failure.kind
 
 
@@ -54,7 +54,7 @@ def test_pixels_are_srgb_floats_and_facts_are_complete(
     assert (facts.width, facts.height, facts.bands, facts.bit_depth) == (40, 30, 3, 8)
     assert tile.ticket.fingerprint
     assert [record.stage for record in tile.ticket.records] == ["decode"]
-    assert tile.alpha.size == 0
+    assert tile.carried.size == 0
 
 
 def test_geometry_is_rounded_size_times_upscale(tmp_path: Path, make_job: MakeJob) -> None:
@@ -86,7 +86,7 @@ def test_alpha_travels_beside(tmp_path: Path, make_job: MakeJob, rng: np.random.
     levels = _noise(rng, 20, 24, 4)
     Image.fromarray(levels).save(path)
     tile = _only(make_job(path))
-    np.testing.assert_array_equal(np.rint(tile.alpha * 255), levels[..., 3])
+    np.testing.assert_array_equal(np.rint(tile.carried[..., 0] * 255), levels[..., 3])
     np.testing.assert_array_equal(np.rint(tile.pixels * 255), levels[..., :3])
 
 
@@ -181,7 +181,7 @@ def test_a_large_image_is_cut_at_multiples_of_the_alignment(
         assert box.x % 16 == box.y % 16 == 0
         part = levels[box.y : box.y + box.height, box.x : box.x + box.width]
         np.testing.assert_array_equal(np.rint(tile.pixels * 255), part[..., :3])
-        np.testing.assert_array_equal(np.rint(tile.alpha * 255), part[..., 3])
+        np.testing.assert_array_equal(np.rint(tile.carried[..., 0] * 255), part[..., 3])
 
 
 # ---------------------------------------------------------------------------------------- traps of the image libraries

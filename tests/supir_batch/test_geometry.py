@@ -35,7 +35,7 @@ def restore(engine: SupirEngine, job: Job) -> tuple[FloatImage, FloatImage, Outc
     assert tile.ticket.failure is None
     ticket = dataclasses.replace(tile.ticket, prompt="a wall")
     (restored,) = engine.restore([ticket], [tile.pixels])
-    outcome = write(ticket, restored, tile.alpha)
+    outcome = write(ticket, restored, tile.carried)
     assert outcome is not None
     assert outcome.status == "done", outcome.ticket.failure
     return tile.pixels, restored, outcome

@@ -34,7 +34,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _write(tile: DecodedTile) -> Outcome | None:
-    return write(tile.ticket, tile.pixels, tile.alpha)
+    return write(tile.ticket, tile.pixels, tile.carried)
 
 
 def test_a_16_bit_grey_tiff_comes_back_as_exactly_that(
@@ -303,16 +303,6 @@ def test_values_that_are_no_numbers_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_flat_output_is_refused_unless_the_source_is_flat(
-    tmp_path: Path, restore: Restore, rng: np.random.Generator
-) -> None:
-    failure = _failure(restore(_photo(tmp_path / "a.png", rng), change=lambda p: np.full_like(p, 0.5)))
-    assert failure.kind == "bad-output"
-    flat = tmp_path / "flat.png"
-    Image.new("RGB", (20, 20), "gray").save(flat)
-    assert restore(flat).status == "done"
-
-
 def test_an_engine_that_returns_another_size_is_refused(
     tmp_path: Path, restore: Restore, rng: np.random.Generator
 ) -> None:
@@ -338,3 +328,32 @@ def test_parts_are_keyed_by_fingerprint(tmp_path: Path, make_job: MakeJob) -> No
     job = make_job(tmp_path / "a.png")
     assert part_uri(job, "f1", 0) != part_uri(job, "f2", 0)
     assert part_uri(dataclasses.replace(job, scratch_uri="memory://x"), "f", 1) == "memory://x/f/000001.npz"
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_colors_outside_of_srgb_come_back(
+    wide_profile: bytes, tiled: bool, tmp_path: Path, restore: Restore, rng: np.random.Generator
+) -> None:
+    levels = rng.integers(0, 65536, (96, 128, 4), np.uint16)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(
+        path, levels, iccprofile=wide_profile, photometric="rgb", extrasamples=["unassalpha"], metadata=None
+    )
+    outcome = restore(path, **({"max_pixels": 80 * 80} if tiled else {}))
+    assert outcome.status == "done", outcome.ticket.failure
+    error = np.abs(tifffile.imread(outcome.output_uri).astype(int) - levels.astype(int))
+    assert error.max() <= 1
+    assert error.mean() < 0.01
+
+
+def test_colors_outside_of_srgb_are_enlarged_with_the_picture(
+    wide_profile: bytes, tmp_path: Path, restore: Restore
+) -> None:
+    path = tmp_path / "a.tif"
+    green = np.full((64, 64, 3), 55000, np.uint16)  # a grey as light as green, or it would be taken for a toned print
+    green[:, 32:] = 0, 65535, 0  # no green of sRGB is as green
+    tifffile.imwrite(path, green, iccprofile=wide_profile, photometric="rgb", metadata=None)
+    enlarged = tifffile.imread(restore(path, upscale=2).output_uri)
+    assert enlarged.shape == (128, 128, 3)
+    assert enlarged[:, 72:, 1].min() > 65400
+    assert enlarged[:, 72:, [0, 2]].max() < 140
