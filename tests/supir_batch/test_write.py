@@ -350,7 +350,8 @@ def test_colors_outside_of_srgb_are_enlarged_with_the_picture(
     wide_profile: bytes, tmp_path: Path, restore: Restore
 ) -> None:
     path = tmp_path / "a.tif"
-    green = np.full((64, 64, 3), 55000, np.uint16)  # a grey as light as green, or it would be taken for a toned print
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16)
+    green = np.tile(ramp[:, None, None], (1, 64, 3))  # greys of all levels, or it would be taken for a toned print
     green[:, 32:] = 0, 65535, 0  # no green of sRGB is as green
     tifffile.imwrite(path, green, iccprofile=wide_profile, photometric="rgb", metadata=None)
     enlarged = tifffile.imread(restore(path, upscale=2).output_uri)

@@ -83,6 +83,23 @@ def test_half_precision_stays_inside_the_networks(
     assert torch.equal(half.restore([Request(picture(40, 56, 1), "", "", seed=2), request], QUICK)[1], rounded)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_computing_in_float32_for_a_while(model: SupirModel, precision: Precision) -> None:
+    request = Request(picture(40, 56), "a photograph", "blurry", seed=1)
+    half = SupirModel.load("tiny", device="cpu", precision=precision)
+    exact, before = model.restore([request], QUICK)[0], half.restore([request], QUICK)[0]
+    held = [parameter.clone() for parameter in half.networks.parameters()]
+    with half.in_float32():
+        inside = half.restore([request], QUICK)[0]
+        assert {parameter.dtype for parameter in half.networks.parameters()} == {torch.float32}
+    assert (inside - exact).abs().mean() <= (before - exact).abs().mean()
+    assert torch.equal(inside, before) == (precision == "float32")
+    for kept, parameter in zip(held, half.networks.parameters(), strict=True):
+        assert parameter.dtype == kept.dtype
+        assert torch.equal(parameter, kept)
+    assert torch.equal(half.restore([request], QUICK)[0], before)
+
+
 def test_the_first_stage_alone_sees_the_same_and_holds_the_vae_only(model: SupirModel) -> None:
     alone = FirstStage.load("tiny", "cpu")
     assert torch.equal(alone.see(picture(40, 56)), model.first_stage(picture(40, 56)))
