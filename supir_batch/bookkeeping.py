@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
 import resource
-import sys
 import time
+from pathlib import Path
 
 from supir_batch.errors import SupirBatchError
 from supir_batch.types import Failure, Source, StageRecord, TileTicket
 
 
 class Stopwatch:
-    """Times one stage from its construction on."""
+    """Measures one stage from its construction on."""
 
     def __init__(self, stage: str, device: str = "cpu") -> None:
         self._stage, self._device, self._started = stage, device, time.perf_counter()
+        _forget_peak()
 
     def record(self, ticket: TileTicket, share: int = 1) -> TileTicket:
         """The ticket with this stage's record appended; ``share`` tiles split the time since construction."""
@@ -40,7 +43,20 @@ def failure_of(stage: str, source: Source, error: Exception) -> Failure:
     return Failure(stage, kind, f"{source.origin}: {message}", getattr(error, "retryable", False))
 
 
+def _forget_peak() -> None:
+    """Let the peak that the system keeps of this process begin anew, where it can (Linux, proc(5), clear_refs)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak_memory_bytes() -> int:
-    """Most memory this process has held so far; a finer number would need a process per image."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
+    """Most memory this process has held since ``_forget_peak``, without what it shares with others (the object store).
+
+    Elsewhere than on Linux: since it began, and with what it shares.
+    """
+    try:
+        status = Path("/proc/self/status").read_text("ascii", "replace")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
+    held = {key: int(value.split()[0]) * 1024 for key, value in re.findall(r"(VmHWM|RssShmem):\s*(.*)", status)}
+    return held["VmHWM"] - held.get("RssShmem", 0)

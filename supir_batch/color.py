@@ -18,6 +18,7 @@ Sources: IEC 61966-2-1 (sRGB), CIE 15 (CIELAB), BT.709 (luma weights); profiles 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -42,6 +43,7 @@ _D65 = np.array([0.95047, 1.0, 1.08883])
 _RGB_TO_XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
 )
+_LATTICE = 17  # levels per band
 _LEAST_LOSS = 0.25 / 65535
 _STRIP_PIXELS = 2**21  # per step of a conversion that needs several temporary copies
 
@@ -101,16 +103,27 @@ def from_srgb(pixels: FloatImage, icc: bytes | None, bands: int) -> FloatImage:
     return np.clip(_transform(pixels, _srgb(), icc, 3, 3), 0.0, 1.0)
 
 
-def lost_in_srgb(pixels: FloatImage, srgb: FloatImage, icc: bytes | None) -> FloatImage | None:
-    """What the way of [h, w, bands] through sRGB loses, in values of its own space, same shape; None for nothing.
+def lost_in_srgb(pixels: FloatImage, srgb: FloatImage, icc: bytes | None) -> FloatImage:
+    """What the way of [h, w, bands] through sRGB loses, in values of its own space, same shape.
 
     ``srgb`` is ``to_srgb(pixels, icc)``. Added to ``from_srgb`` of a restored image it brings back colors outside of
     sRGB, and what a profile's tables lose by rounding.
     """
-    if icc is None or pixels.shape[2] == 1:
-        return None
     lost: FloatImage = pixels - from_srgb(srgb, icc, pixels.shape[2])
-    return lost if float(np.abs(lost).max(initial=0.0)) > _LEAST_LOSS else None
+    return lost
+
+
+@functools.lru_cache(maxsize=64)  # the images of an archive share a few profiles
+def exceeds_srgb(icc: bytes | None, bands: int) -> bool:
+    """Whether ``lost_in_srgb`` matters: for profiles of three bands with colors outside of sRGB, or with coarse tables.
+
+    Judged on a lattice of the space's colors.
+    """
+    if icc is None or bands == 1:
+        return False
+    levels = np.linspace(0.0, 1.0, _LATTICE, dtype=np.float32)
+    lattice = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(_LATTICE, -1, 3)
+    return bool(np.abs(lost_in_srgb(lattice, to_srgb(lattice, icc), icc)).max() > _LEAST_LOSS)
 
 
 def luma(pixels: FloatImage) -> NDArray[np.float64]:

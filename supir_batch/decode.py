@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 from supir_batch import captions, color, commit, metadata, probe, released, resample, settings, store, tiles
 from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.errors import ImageError
-from supir_batch.types import FloatImage, ImageFacts, Job, TileTicket
+from supir_batch.types import FloatImage, ImageFacts, Job, TileBox, TileTicket
 
 PREVIEW_SIZE = 512
 """Longest side, in pixels, of the preview that the captioner sees."""
 
 _NO_PIXELS = np.zeros((0, 0, 3), np.float32)
-_NO_ALPHA = np.zeros((0, 0), np.float32)
+_ALL = slice(None)
+_STRIP_BLOCKS = 64  # rows of blocks that are averaged at once
 
 # how the readers word that a file ends too early
 _CUT_SHORT = re.compile(
@@ -66,12 +67,34 @@ class Preview:
 
 @dataclass(frozen=True)
 class _Raster:
-    """Pixels as read, upright. ``color`` [h, w, 1 or 3] and ``alpha`` [h, w] (or size 0) float32 in [0, 1]."""
+    """Pixels as read, upright: ``levels`` [h, w, bands, and one for alpha] uint8 or uint16.
 
-    color: FloatImage
-    alpha: NDArray[np.float32]
+    A giant is held as stored; floats, four times as large with all that is made of them, are for parts of it.
+    """
+
+    levels: NDArray[np.unsignedinteger[Any]]
+    bands: int
     icc: bytes | None
     notes: tuple[str, ...]
+
+    def floats(self, rows: slice, columns: slice) -> tuple[FloatImage, FloatImage]:
+        """Color [h, w, bands] and alpha [h, w, 0 or 1] of a part, float32 in [0, 1]."""
+        part = self.levels[rows, columns]
+        values = part.astype(np.float32) / np.float32(np.iinfo(part.dtype).max)
+        return np.ascontiguousarray(values[..., : self.bands]), np.ascontiguousarray(values[..., self.bands :])
+
+    def reduced(self, longer_side: int) -> FloatImage:
+        """The image in sRGB, [h, w, 3], its longer side at most ``longer_side``."""
+        side = max(self.levels.shape[:2])
+        block = max(1, side // (2 * longer_side))  # means of blocks first: the rest fits into memory as floats
+        height, width = (length // block * block for length in self.levels.shape[:2])
+        strips = []
+        for top in range(0, height, _STRIP_BLOCKS * block):
+            part, _ = self.floats(slice(top, min(height, top + _STRIP_BLOCKS * block)), slice(0, width))
+            strips.append(
+                part.reshape(-1, block, width // block, block, self.bands).mean(axis=(1, 3), dtype=np.float32)
+            )
+        return resample.reduce_to(color.to_srgb(np.concatenate(strips), self.icc), longer_side)
 
 
 def preview(job: Job, restoring: bool = True) -> Preview:
@@ -111,7 +134,8 @@ def read_srgb(path: Path) -> tuple[FloatImage, NDArray[np.float32]]:
     For looking and comparing (report, demo). Raises ImageError.
     """
     raster = _read(path, probe.probe(path))
-    return color.to_srgb(raster.color, raster.icc), raster.alpha
+    colors, alpha = raster.floats(_ALL, _ALL)
+    return color.to_srgb(colors, raster.icc), alpha[..., 0] if alpha.size else np.zeros((0, 0), np.float32)
 
 
 def _preview(blank: TileTicket, restoring: bool) -> Preview:
@@ -125,7 +149,7 @@ def _preview(blank: TileTicket, restoring: bool) -> Preview:
         if kept is not None:
             return Preview(watch.record(dataclasses.replace(ticket, caption=kept)), _NO_PIXELS)
         raster = _read(path, header)
-    pixels = np.ascontiguousarray(resample.reduce_to(color.to_srgb(raster.color, raster.icc), PREVIEW_SIZE))
+    pixels = np.ascontiguousarray(raster.reduced(PREVIEW_SIZE))
     return Preview(watch.record(ticket), pixels)
 
 
@@ -144,34 +168,43 @@ def _decode(blank: TileTicket, alignment: int) -> Iterator[DecodedTile]:
         raster = _read(path, header)
         described = metadata.read_metadata(path)
 
-    rgb = color.to_srgb(raster.color, raster.icc)
-    small = resample.reduce_to(rgb, color.TONE_SIZE)
-    tone = color.Tone("neutral") if facts.bands == 1 else color.measure_tone(small)
-    lost = color.lost_in_srgb(raster.color, rgb, raster.icc) if tone.kind == "color" else None
-    carried = np.dstack(
-        [np.zeros((*rgb.shape[:2], 0), np.float32)]
-        + ([raster.alpha] if raster.alpha.size else [])
-        + ([lost] if lost is not None else [])
-    )
+    tone = color.Tone("neutral") if facts.bands == 1 else color.measure_tone(raster.reduced(color.TONE_SIZE))
     facts = dataclasses.replace(
         facts,
         icc=raster.icc,
         notes=(*facts.notes, *raster.notes, *described.notes),
-        carries_color=lost is not None,
+        carries_color=tone.kind == "color" and color.exceeds_srgb(raster.icc, facts.bands),
         tone=tone.kind,
         tone_curve=tone.curve,
     )
-    change_size = released.to_work if chosen.geometry == "released" else resample.resize
-    working = change_size(rgb, facts.work_width, facts.work_height)
-    carried = resample.resize(carried, facts.work_width, facts.work_height, clip=False)
-    ticket = watch.record(dataclasses.replace(ticket, facts=facts, source_metadata=described.to_bytes()))
+    ticket = dataclasses.replace(ticket, facts=facts, source_metadata=described.to_bytes())
+    squashed = _squashed(raster, facts) if chosen.geometry == "released" else None
     for box in tiles.plan_tiles(facts.work_width, facts.work_height, chosen.max_pixels, chosen.overlap, alignment):
-        rows, columns = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
-        yield DecodedTile(
-            dataclasses.replace(ticket, box=box),
-            np.ascontiguousarray(working[rows, columns]),
-            np.ascontiguousarray(carried[rows, columns]),
-        )
+        pixels, carried = _working(raster, facts, box)
+        if squashed is not None:
+            pixels = np.ascontiguousarray(squashed[box.y : box.y + box.height, box.x : box.x + box.width])
+        yield DecodedTile(watch.record(dataclasses.replace(ticket, box=box)), pixels, carried)
+
+
+def _squashed(raster: _Raster, facts: ImageFacts) -> FloatImage:
+    """The whole working image of geometry ``released``."""
+    whole = color.to_srgb(raster.floats(_ALL, _ALL)[0], raster.icc)
+    return released.to_work(whole, facts.work_width, facts.work_height)
+
+
+def _working(raster: _Raster, facts: ImageFacts, box: TileBox) -> tuple[FloatImage, FloatImage]:
+    """Pixels and carried bands of the tile in ``box`` of the working image; only what it needs is made float."""
+    across = resample.span(box.x, box.width, facts.work_width, facts.width)
+    down = resample.span(box.y, box.height, facts.work_height, facts.height)
+    colors, alpha = raster.floats(down.pixels, across.pixels)
+    rgb = color.to_srgb(colors, raster.icc)
+    lost = color.lost_in_srgb(colors, rgb, raster.icc) if facts.carries_color else colors[..., :0]
+    place = (across.start, down.start, across.end, down.end)
+    beside = np.concatenate([alpha, lost], axis=2)
+    return (
+        np.ascontiguousarray(resample.resize_part(rgb, place, box.width, box.height)),
+        np.ascontiguousarray(resample.resize_part(beside, place, box.width, box.height, clip=False)),
+    )
 
 
 @contextmanager
@@ -330,20 +363,17 @@ def _read_tifffile(path: Path, header: probe.Header) -> _Raster:
 
 
 def _raster(levels: NDArray[Any], header: probe.Header, icc: bytes | None, notes: tuple[str, ...]) -> _Raster:
-    """Integer samples [h, w, bands] as stored to upright floats, alpha apart."""
+    """Integer samples [h, w, bands] as stored, checked, upright."""
     shape = (header.height, header.width)
     if levels.shape[:2] != shape or levels.dtype not in (np.uint8, np.uint16):
         raise ImageError(
             "damaged", f"its pixels are {levels.shape} {levels.dtype}, its header said {shape}; get a whole copy"
         )
-    top = np.float32(np.iinfo(levels.dtype).max)
-    values = upright(levels, header.orientation).astype(np.float32) / top
     bands = 1 if header.mode == "grey" else 3
-    alpha = np.ascontiguousarray(values[..., bands]) if header.has_alpha else _NO_ALPHA
     if icc is not None and (problem := color.check_profile(icc, bands)) is not None:
         notes = (*notes, f"{problem}; it was ignored and the image taken for sRGB")
         icc = None
-    return _Raster(np.ascontiguousarray(values[..., :bands]), alpha, icc, notes)
+    return _Raster(upright(levels, header.orientation), bands, icc, notes)
 
 
 def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:

@@ -6,6 +6,7 @@ Metadata (EXIF, IPTC, XMP) is put in afterwards by metadata.py; here go pixels, 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,18 +79,44 @@ def encode(pixels: FloatImage, alpha: NDArray[np.float32], path: Path, spec: Fil
     TIFF: deflate with horizontal predictor. PNG: lossless. JPEG: quality 95, color not subsampled, alpha left out.
     Raises ImageError ``unsupported`` or ``encode-failed``.
     """
-    height, width, bands = pixels.shape
-    levels = quantize(pixels, spec.bit_depth)
-    if alpha.size and spec.format != "jpeg":
-        levels = np.concatenate([levels, quantize(alpha, spec.bit_depth)[..., None]], axis=2)
+    encode_strips([np.dstack([pixels, alpha]) if alpha.size else pixels], pixels.shape[0], path, spec)
+
+
+def encode_strips(strips: Iterable[FloatImage], height: int, path: Path, spec: FileSpec) -> None:
+    """``encode`` for an image that comes from top to bottom, in strips [rows, w, bands, and one for alpha].
+
+    One strip at a time is in memory; the samples wait in a file beside ``path``.
+    """
+    raw = path.with_name(f"{path.name}.raw")
+    try:
+        with raw.open("wb") as file:
+            for strip in strips:
+                channels = strip.shape[2]
+                if spec.format == "jpeg":
+                    channels = 1 if channels <= 2 else 3
+                levels = quantize(strip[..., :channels], spec.bit_depth)
+                file.write(np.ascontiguousarray(levels).data)
+                width, bands = strip.shape[1], 1 if channels <= 2 else 3
+        deep = spec.bit_depth == 16
+        image = pyvips.Image.rawload(
+            str(raw),
+            width,
+            height,
+            channels,
+            format="ushort" if deep else "uchar",
+            interpretation=("grey16" if deep else "b-w") if bands == 1 else ("rgb16" if deep else "srgb"),
+        )
+        _save(image, path, spec)
+    finally:
+        raw.unlink(missing_ok=True)
+
+
+def _save(image: pyvips.Image, path: Path, spec: FileSpec) -> None:
+    width, height = image.width, image.height
     if spec.format == "jpeg" and max(width, height) > _JPEG_LIMIT:
         raise ImageError("unsupported", f"a JPEG cannot be {width} x {height} pixels; set output.format to tiff or png")
-    deep = spec.bit_depth == 16
-    interpretation = ("grey16" if deep else "b-w") if bands == 1 else ("rgb16" if deep else "srgb")
     dpi = spec.dpi or (_UNCLAIMED_DPI, _UNCLAIMED_DPI)
-    image = pyvips.Image.new_from_array(np.ascontiguousarray(levels)).copy(
-        interpretation=interpretation, xres=dpi[0] / 25.4, yres=dpi[1] / 25.4
-    )
+    image = image.copy(xres=dpi[0] / 25.4, yres=dpi[1] / 25.4)
     if spec.icc is not None:
         image.set_type(pyvips.GValue.blob_type, "icc-profile-data", spec.icc)
     if spec.bigtiff and spec.xmp:

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import numpy as np
 from PIL import Image
 
 from supir_batch.types import FloatImage
+
+_REACH = 3  # source pixels, at full size, that Lanczos-3 looks to either side
+
+
+class Span(NamedTuple):
+    """The part of a source axis that a stretch of the target axis is computed from.
+
+    ``pixels`` are to be read; ``start`` and ``end`` say where in them the stretch begins and ends, in fractions of
+    pixels.
+    """
+
+    pixels: slice
+    start: float
+    end: float
+
+
+def span(start: int, length: int, target: int, source: int) -> Span:
+    """What positions ``start`` to ``start + length`` of an axis resized from ``source`` to ``target`` pixels need."""
+    scale = source / target
+    first, last = start * scale, (start + length) * scale
+    reach = 0 if source == target else math.ceil(_REACH * max(scale, 1.0)) + 1
+    low, high = max(0, math.floor(first) - reach), min(source, math.ceil(last) + reach)
+    return Span(slice(low, high), first - low, last - low)
 
 
 def resize(pixels: FloatImage, width: int, height: int, clip: bool = True) -> FloatImage:
@@ -13,12 +39,22 @@ def resize(pixels: FloatImage, width: int, height: int, clip: bool = True) -> Fl
 
     Edges keep their place: the whole image maps to the whole image, without cropping or padding.
     """
-    if pixels.shape[:2] == (height, width):
+    return resize_part(pixels, (0.0, 0.0, pixels.shape[1], pixels.shape[0]), width, height, clip)
+
+
+def resize_part(
+    pixels: FloatImage, box: tuple[float, float, float, float], width: int, height: int, clip: bool = True
+) -> FloatImage:
+    """Resize the ``box`` (left, top, right, bottom; fractions of pixels) of [h, w, C]; see ``resize``.
+
+    Pixels around the box count as they would in the whole image, so parts of one image fit together.
+    """
+    if box == (0, 0, width, height) == (0, 0, pixels.shape[1], pixels.shape[0]):
         return pixels
     result = np.empty((height, width, pixels.shape[2]), np.float32)
     for band in range(pixels.shape[2]):
         plane = Image.fromarray(np.ascontiguousarray(pixels[..., band], dtype=np.float32))  # mode F: floats throughout
-        result[..., band] = np.asarray(plane.resize((width, height), Image.Resampling.LANCZOS))
+        result[..., band] = np.asarray(plane.resize((width, height), Image.Resampling.LANCZOS, box=box))
     return np.clip(result, 0.0, 1.0, out=result) if clip else result
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -54,14 +55,12 @@ def caption_row_stage(row: Row, run_id: str) -> Row:
     return runlog.to_row(Outcome(ticket, "done" if ticket.failure is None else "failed"), run_id)
 
 
-def decode_stage(row: Row) -> list[Row]:
-    """Image to tiles."""
+def decode_stage(row: Row) -> Iterator[Row]:
+    """Image to tiles, one at a time: all tiles of a giant are more than memory holds."""
     ticket: TileTicket = pickle.loads(row["ticket"])
     seen = ticket if wants_caption(ticket.job) else None
-    return [
-        {"ticket": pickle.dumps(tile.ticket), "pixels": tile.pixels, "carried": tile.carried}
-        for tile in decode(ticket.job, engine.alignment(ticket.job.model), seen)
-    ]
+    for tile in decode(ticket.job, engine.alignment(ticket.job.model), seen):
+        yield {"ticket": pickle.dumps(tile.ticket), "pixels": tile.pixels, "carried": tile.carried}
 
 
 Model = TypeVar("Model", Captioner, Engine)

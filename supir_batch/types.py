@@ -188,7 +188,7 @@ class ImageFacts:
     work_width: int  # size the engine works at; differs from output only through min_size
     work_height: int
     notes: tuple[str, ...] = ()
-    carries_color: bool = False  # tiles bring along what the way through sRGB loses
+    carries_color: bool = False  # tiles bring along what their colors lose on the way through sRGB
     tone: Literal["color", "neutral", "toned"] = "color"
     tone_curve: tuple[tuple[float, float], ...] = ()
 

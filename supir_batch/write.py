@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import io
-import json
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
 
-from supir_batch import color, commit, encode, gate, metadata, provenance, released, resample, stitch, store
+from supir_batch import color, commit, encode, gate, metadata, parts, provenance, released, resample, store
 from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.commit import Committed
 from supir_batch.errors import ImageError, StoreError
+from supir_batch.parts import Part
 from supir_batch.settings import item_seed, second_seed
-from supir_batch.types import Failure, FloatImage, GateScores, ImageFacts, Job, Outcome, Settings, TileBox, TileTicket
+from supir_batch.stitch import Stitched
+from supir_batch.types import Failure, FloatImage, ImageFacts, Outcome, Settings, TileBox, TileTicket
 
 
 def write(ticket: TileTicket, pixels: FloatImage, carried: FloatImage) -> Outcome | None:
@@ -38,11 +36,6 @@ def write(ticket: TileTicket, pixels: FloatImage, carried: FloatImage) -> Outcom
         return _write(ticket, pixels, carried)
     except Exception as error:
         return _failed(ticket, failure_of("write", ticket.job.source, error))
-
-
-def part_uri(job: Job, fingerprint: str, index: int) -> str:
-    """Where tile ``index`` of a cut image waits for the others."""
-    return store.join(job.scratch_uri, fingerprint, f"{index:06d}.npz")
 
 
 def _failed(ticket: TileTicket, failure: Failure) -> Outcome:
@@ -67,50 +60,35 @@ def _write(ticket: TileTicket, pixels: FloatImage, carried: FloatImage) -> Outco
         raise ValueError("the ticket carries no tile box")
     _check_tile(pixels, box)
     tile = np.concatenate([pixels, carried], axis=2) if carried.size else pixels
-    part = _Part(box, tile, ticket.scores, ticket.again)
+    part = Part.of(ticket)
     if box.count == 1:
-        return _finish(_of_image(ticket, facts, [part], None), facts, tile, watch)
+        return _finish(ticket, facts, [part], [tile], watch)
 
     # a tile that comes late, because another run or a retry has already finished the image
-    if (there := commit.committed(job, ticket.fingerprint, facts.format)) is not None:
+    fingerprint = ticket.fingerprint
+    if (there := commit.committed(job, fingerprint, facts.format)) is not None:
         return _done(ticket, there)
-    store.write_atomic(part_uri(job, ticket.fingerprint, box.index), part.pack())
-    names = [part_uri(job, ticket.fingerprint, index) for index in range(box.count)]
+    parts.keep(job, fingerprint, part, tile)
     # each writer looks only after its own part is in place, so at least one of them sees all
-    if not all(store.exists(name) for name in names):
+    if not parts.complete(job, fingerprint, box.count):
         return None
     try:
-        parts = [_Part.unpack(store.read_bytes(name)) for name in names]
+        found = parts.read(job, fingerprint, box.count)
+        whole = Stitched(
+            [part.box for part in found],
+            lambda box: parts.pixels(job, fingerprint, box),
+            facts.work_width,
+            facts.work_height,
+            job.settings.overlap,
+        )
+        outcome = _finish(ticket, facts, found, whole, watch)
     except StoreError:
-        there = commit.committed(job, ticket.fingerprint, facts.format)
+        there = commit.committed(job, fingerprint, facts.format)
         if there is None:
             raise
         return _done(ticket, there)  # another writer assembled the image and removed the parts meanwhile
-    tiles = [(part.box, part.tile) for part in parts]
-    whole = stitch.stitch(tiles, facts.work_width, facts.work_height, job.settings.overlap)
-    seam = stitch.seam(tiles, whole, job.settings.overlap)
-    outcome = _finish(_of_image(ticket, facts, parts, seam), facts, whole, watch)
-    for name in names:
-        store.delete(name)
+    parts.remove(job, fingerprint, found)
     return outcome
-
-
-def _of_image(ticket: TileTicket, facts: ImageFacts, parts: Sequence[_Part], seam: float | None) -> TileTicket:
-    """The ticket of the last tile, with what concerns the whole image."""
-    seed = item_seed(ticket.job.settings, facts.sha256)
-    again = [str(part.box.index + 1) for part in parts if part.again]
-    if again:
-        seeds = f"restored again with seed {second_seed(seed)} instead of {seed}"
-        note = f"{seeds}, in float32, after the output gate: tiles {', '.join(again)} of {len(parts)}"
-        facts = dataclasses.replace(facts, notes=(*facts.notes, note))
-    scores = [part.scores for part in parts if part.scores is not None]
-    return dataclasses.replace(
-        ticket,
-        facts=facts,
-        seed=second_seed(seed) if len(again) == len(parts) else seed,
-        again=bool(again),
-        scores=dataclasses.replace(gate.combine(scores), seam=seam) if scores else None,
-    )
 
 
 def _check_tile(pixels: FloatImage, box: TileBox) -> None:
@@ -127,17 +105,14 @@ def _check_tile(pixels: FloatImage, box: TileBox) -> None:
         )
 
 
-def _finish(ticket: TileTicket, facts: ImageFacts, tile: FloatImage, watch: Stopwatch) -> Outcome:
-    """From the whole image at working size ([h, w, 3] and what was carried) to the committed output."""
+def _finish(
+    ticket: TileTicket, facts: ImageFacts, found: Sequence[Part], working: Iterable[FloatImage], watch: Stopwatch
+) -> Outcome:
+    """From the image at working size, in strips of sRGB and what was carried, to the committed output."""
     job, settings = ticket.job, ticket.job.settings
-    if ticket.scores is not None and (wrong := gate.complaints(ticket.scores, settings.gate)):
+    ticket = _of_image(ticket, facts, found)
+    if wrong := _complaints(ticket):
         return _failed(ticket, failure_of("write", job.source, _refusal(wrong)))
-    whole = _at_output_size(tile, facts, settings)
-    rgb = color.apply_tone(np.clip(whole[..., :3], 0.0, 1.0), color.Tone(facts.tone, facts.tone_curve))
-    alpha = np.clip(whole[..., 3], 0.0, 1.0) if facts.has_alpha else np.zeros((0, 0), np.float32)
-    pixels = color.from_srgb(rgb, facts.icc, facts.bands)
-    if facts.carries_color:
-        pixels = np.clip(pixels + whole[..., -3:], 0.0, 1.0)
 
     file_format = encode.output_format(facts.format, settings)
     bit_depth = encode.output_depth(facts.bit_depth, file_format, settings)
@@ -148,7 +123,7 @@ def _finish(ticket: TileTicket, facts: ImageFacts, tile: FloatImage, watch: Stop
         notes.append(f"{facts.bit_depth} bits per sample became {bit_depth}")
     record = provenance.build_record(ticket, file_format, bit_depth, tuple(notes))
     source_metadata = metadata.SourceMetadata.from_bytes(ticket.source_metadata)
-    bands = facts.bands + int(alpha.size > 0)
+    bands = facts.bands + int(facts.has_alpha)
     big = file_format == "tiff" and encode.needs_bigtiff(facts.output_width, facts.output_height, bands, bit_depth)
     packet, packet_notes = metadata.build_xmp(source_metadata, record) if big else (b"", ())
     spec = encode.FileSpec(file_format, bit_depth, facts.icc, record.dpi, bigtiff=big, xmp=packet)
@@ -156,12 +131,16 @@ def _finish(ticket: TileTicket, facts: ImageFacts, tile: FloatImage, watch: Stop
     output = commit.output_uri(job, facts.format)
     with tempfile.TemporaryDirectory(prefix="supir-batch-") as folder:
         path = Path(folder) / f"output{encode.EXTENSIONS[file_format]}"
-        encode.encode(pixels, alpha, path, spec)
+        encode.encode_strips(_in_source_space(working, facts, settings), facts.output_height, path, spec)
+        if isinstance(working, Stitched) and ticket.scores is not None:
+            ticket = dataclasses.replace(ticket, scores=dataclasses.replace(ticket.scores, seam=working.seam))
+            if wrong := _complaints(ticket):
+                return _failed(ticket, failure_of("write", job.source, _refusal(wrong)))
         if big:
             written = (*packet_notes, "a BigTIFF can hold XMP but not the source's EXIF and IPTC")
         else:
             written = metadata.write_metadata(path, source_metadata, record)
-        encode.check_file(path, facts.output_width, facts.output_height, spec, facts.bands, alpha.size > 0)
+        encode.check_file(path, facts.output_width, facts.output_height, spec, facts.bands, facts.has_alpha)
         result = Committed(output, commit.file_sha256(path), path.stat().st_size, _now())
         told = dataclasses.replace(facts, notes=(*record.notes, *written))
         finished = watch.record(dataclasses.replace(ticket, facts=told))
@@ -169,18 +148,57 @@ def _finish(ticket: TileTicket, facts: ImageFacts, tile: FloatImage, watch: Stop
     return _done(finished, result)
 
 
+def _of_image(ticket: TileTicket, facts: ImageFacts, found: Sequence[Part]) -> TileTicket:
+    """The ticket of the last tile, with what concerns the whole image."""
+    seed = item_seed(ticket.job.settings, facts.sha256)
+    again = [str(part.box.index + 1) for part in found if part.again]
+    if again:
+        seeds = f"restored again with seed {second_seed(seed)} instead of {seed}"
+        note = f"{seeds}, in float32, after the output gate: tiles {', '.join(again)} of {len(found)}"
+        facts = dataclasses.replace(facts, notes=(*facts.notes, note))
+    scores = [part.scores for part in found if part.scores is not None]
+    return dataclasses.replace(
+        ticket,
+        facts=facts,
+        seed=second_seed(seed) if len(again) == len(found) else seed,
+        again=bool(again),
+        scores=gate.combine(scores) if scores else None,
+    )
+
+
+def _complaints(ticket: TileTicket) -> list[str]:
+    return [] if ticket.scores is None else gate.complaints(ticket.scores, ticket.job.settings.gate)
+
+
 def _refusal(wrong: Sequence[str]) -> ImageError:
     advice = "look at the source; try another preset, prompt or seed, or allow more in the manifest's gate section"
     return ImageError("gate", f"the restored image did not pass the output gate: {', '.join(wrong)}; {advice}")
 
 
-def _at_output_size(whole: FloatImage, facts: ImageFacts, settings: Settings) -> FloatImage:
-    """Working size to output size; the release knows nothing that is carried, so that goes its usual way."""
+def _in_source_space(working: Iterable[FloatImage], facts: ImageFacts, settings: Settings) -> Iterator[FloatImage]:
+    """Strips at working size to strips of the output: [rows, width, bands, and one for alpha] in [0, 1]."""
+    tone = color.Tone(facts.tone, facts.tone_curve)
+    for strip in _at_output_size(working, facts, settings):
+        rgb = color.apply_tone(np.clip(strip[..., :3], 0.0, 1.0), tone)
+        colors = color.from_srgb(rgb, facts.icc, facts.bands)
+        if facts.carries_color:
+            colors = colors + strip[..., -3:]
+        yield np.clip(np.concatenate([colors, strip[..., 3:4]], axis=2) if facts.has_alpha else colors, 0.0, 1.0)
+
+
+def _at_output_size(working: Iterable[FloatImage], facts: ImageFacts, settings: Settings) -> Iterator[FloatImage]:
+    """Strips, which have to be made one where sizes differ: for small images, and for geometry ``released``."""
     width, height = facts.output_width, facts.output_height
+    if settings.geometry == "pad" and (width, height) == (facts.work_width, facts.work_height):
+        yield from working
+        return
+    whole = np.concatenate(list(working))
     if settings.geometry == "pad":
-        return resample.resize(whole, width, height, clip=False)
+        yield resample.resize(whole, width, height, clip=False)
+        return
     rgb = released.to_output(whole[..., :3], width, height).astype(np.float32) / np.float32(255)
-    return np.concatenate([rgb, resample.resize(whole[..., 3:], width, height, clip=False)], axis=2)
+    # the release knows nothing that is carried, so that goes its usual way
+    yield np.concatenate([rgb, resample.resize(whole[..., 3:], width, height, clip=False)], axis=2)
 
 
 def _sidecar(ticket: TileTicket, record: provenance.ProvenanceRecord, output: Committed) -> dict[str, object]:
@@ -196,31 +214,6 @@ def _sidecar(ticket: TileTicket, record: provenance.ProvenanceRecord, output: Co
             "stages": [dataclasses.asdict(stage) for stage in ticket.records],
         },
     }
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A tile that waits for the others; ``tile`` [h, w, 3 or 4]."""
-
-    box: TileBox
-    tile: FloatImage
-    scores: GateScores | None
-    again: bool
-
-    def pack(self) -> bytes:
-        about: dict[str, Any] = {"box": dataclasses.astuple(self.box), "again": self.again}
-        if self.scores is not None:
-            about["scores"] = dataclasses.astuple(self.scores)
-        buffer = io.BytesIO()
-        np.savez(buffer, about=np.array(json.dumps(about)), pixels=self.tile)
-        return buffer.getvalue()
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        with np.load(io.BytesIO(data), allow_pickle=False) as part:
-            about = json.loads(str(part["about"]))
-            scores = GateScores(*about["scores"]) if "scores" in about else None
-            return cls(TileBox(*about["box"]), part["pixels"], scores, about["again"])
 
 
 def _now() -> str:

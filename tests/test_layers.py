@@ -70,6 +70,7 @@ SUPIR_BATCH = [
     "engine",
     "captioner",
     "stitch",
+    "parts",
     "write",
     "stages",
     "pipeline",

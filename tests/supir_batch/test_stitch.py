@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from supir_batch.stitch import stitch
+from supir_batch.stitch import Stitched, stitch
 from supir_batch.tiles import plan_tiles
 from supir_batch.types import FloatImage, TileBox
 
@@ -46,3 +46,35 @@ def test_a_gap_or_a_wrong_shape_is_refused(rng: np.random.Generator) -> None:
         stitch([(parts[0][0], parts[0][1][:-1]), *parts[1:]], 150, 150, 16)
     with pytest.raises(ValueError, match="no tiles"):
         stitch([], 150, 150, 16)
+
+
+def test_an_image_comes_in_strips_and_each_tile_is_read_once(rng: np.random.Generator) -> None:
+    image = rng.random((150, 201, 4), dtype=np.float32)
+    pixels = dict(_cut(image, 16))
+    read: list[TileBox] = []
+
+    def reading(box: TileBox) -> FloatImage:
+        read.append(box)
+        return pixels[box]
+
+    whole = Stitched(list(pixels), reading, 201, 150, 16)
+    top, rows = 0, 0
+    for strip in whole:
+        np.testing.assert_allclose(strip, image[top : top + len(strip)], rtol=0, atol=2e-7)
+        top, rows = top + len(strip), rows + 1
+        assert len(read) == rows * len(pixels) // 2, "one row of tiles for each strip"
+    assert (top, rows, sorted(read, key=lambda box: box.index)) == (150, 2, list(pixels))
+    assert whole.seam == 0
+
+
+@pytest.mark.parametrize("odd", range(8))
+def test_the_seam_is_the_worst_difference_of_two_neighbors(odd: int, rng: np.random.Generator) -> None:
+    image = rng.random((150, 201, 4), dtype=np.float32)
+    pixels = {box: tile + np.float32(0.1 if box.index == odd else 0.001 * box.index) for box, tile in _cut(image, 16)}
+    assert len(pixels) == 8
+    whole = Stitched(list(pixels), pixels.__getitem__, 201, 150, 16)
+    list(whole)
+    assert whole.seam == pytest.approx(0.1, abs=0.01)
+    apart = Stitched(list(dict(_cut(image, 0))), dict(_cut(image, 0)).__getitem__, 201, 150, 0)
+    list(apart)
+    assert apart.seam == 0

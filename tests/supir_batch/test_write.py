@@ -12,10 +12,10 @@ import pytest
 import tifffile
 from PIL import Image
 
-from supir_batch import commit, store
+from supir_batch import commit, parts, store
 from supir_batch.decode import DecodedTile, decode
 from supir_batch.types import Failure, FloatImage, Job, Outcome
-from supir_batch.write import part_uri, write
+from supir_batch.write import write
 
 MakeJob = Callable[..., Job]
 Restore = Callable[..., Outcome]
@@ -160,7 +160,7 @@ def test_two_writers_that_both_see_the_last_part(
 
     def put_then_wait(uri: str, data: bytes | Path) -> None:
         put(uri, data)
-        if uri.endswith(".npz"):
+        if uri.endswith(".npy"):
             both.wait(timeout=30)
 
     monkeypatch.setattr("supir_batch.store.write_atomic", put_then_wait)
@@ -318,7 +318,7 @@ def test_an_unwritable_output_is_a_failed_outcome(tmp_path: Path, make_job: Make
 def test_an_unexpected_error_is_a_failed_outcome(
     tmp_path: Path, restore: Restore, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("supir_batch.encode.encode", None)
+    monkeypatch.setattr("supir_batch.encode.encode_strips", None)
     failure = _failure(restore(_photo(tmp_path / "a.png", rng)))
     assert failure.kind == "internal"
     assert "TypeError" in failure.message
@@ -326,8 +326,8 @@ def test_an_unexpected_error_is_a_failed_outcome(
 
 def test_parts_are_keyed_by_fingerprint(tmp_path: Path, make_job: MakeJob) -> None:
     job = make_job(tmp_path / "a.png")
-    assert part_uri(job, "f1", 0) != part_uri(job, "f2", 0)
-    assert part_uri(dataclasses.replace(job, scratch_uri="memory://x"), "f", 1) == "memory://x/f/000001.npz"
+    assert parts.uri(job, "f1", 0) != parts.uri(job, "f2", 0)
+    assert parts.uri(dataclasses.replace(job, scratch_uri="memory://x"), "f", 1) == "memory://x/f/000001.npy"
 
 
 @pytest.mark.parametrize("tiled", [False, True])

@@ -1,0 +1,78 @@
+"""The tiles of a cut image, kept beside the output until the last one has come."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from supir_batch import store
+from supir_batch.types import FloatImage, GateScores, Job, TileBox, TileTicket
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is known of a restored tile besides its pixels."""
+
+    box: TileBox
+    scores: GateScores | None
+    again: bool
+
+    @classmethod
+    def of(cls, ticket: TileTicket) -> Self:
+        """The part that a ticket stands for. Raises ValueError if it has no box."""
+        if ticket.box is None:
+            raise ValueError("the ticket carries no tile box")
+        return cls(ticket.box, ticket.scores, ticket.again)
+
+
+def uri(job: Job, fingerprint: str, index: int) -> str:
+    """Where the pixels of tile ``index`` of a cut image wait; what is known of it is in a JSON file beside them."""
+    return store.join(job.scratch_uri, fingerprint, f"{index:06d}.npy")
+
+
+def keep(job: Job, fingerprint: str, part: Part, pixels: FloatImage) -> None:
+    """Store a tile [h, w, C]; once its pixels are there, all of it is."""
+    place = uri(job, fingerprint, part.box.index)
+    store.write_atomic(_about(place), json.dumps(dataclasses.asdict(part)).encode())
+    buffer = io.BytesIO()
+    np.save(buffer, pixels)
+    store.write_atomic(place, buffer.getvalue())
+
+
+def complete(job: Job, fingerprint: str, count: int) -> bool:
+    """Whether all tiles are there."""
+    return all(store.exists(uri(job, fingerprint, index)) for index in range(count))
+
+
+def read(job: Job, fingerprint: str, count: int) -> list[Part]:
+    """What is known of all tiles. Raises StoreError if one is gone."""
+    found = []
+    for index in range(count):
+        fields = json.loads(store.read_text(_about(uri(job, fingerprint, index))))
+        scores = None if fields["scores"] is None else GateScores(**fields["scores"])
+        found.append(Part(TileBox(**fields["box"]), scores, fields["again"]))
+    return found
+
+
+def pixels(job: Job, fingerprint: str, box: TileBox) -> FloatImage:
+    """The pixels of a tile [h, w, C]. Raises StoreError if they are gone."""
+    found: FloatImage = np.load(io.BytesIO(store.read_bytes(uri(job, fingerprint, box.index))), allow_pickle=False)
+    return found
+
+
+def remove(job: Job, fingerprint: str, found: Sequence[Part]) -> None:
+    """Delete the tiles of an image that has come to its end."""
+    for part in found:
+        place = uri(job, fingerprint, part.box.index)
+        store.delete(place)
+        store.delete(_about(place))
+
+
+def _about(place: str) -> str:
+    return f"{place.removesuffix('.npy')}.json"
