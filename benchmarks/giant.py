@@ -2,9 +2,9 @@
 
     python benchmarks/giant.py --megapixels 100 --folder /scratch
 
-Makes the TIFF (noise over a gradient, deflate, tiles of 512 pixels), runs ``supir-batch run`` on it, and prints one line
-of JSON: sizes, seconds, and the most memory in bytes that a worker held in each stage of the last tile, as the record
-beside the output has it.
+Makes the TIFF (noise over a gradient, deflate, tiles of 512 pixels), runs ``supir-batch run`` on it, and prints one
+line of JSON: sizes, seconds, and the most memory in bytes that a worker held in each stage of the last tile, as the
+record beside the output has it.
 """
 
 from __future__ import annotations

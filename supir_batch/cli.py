@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from supir_batch.plan import Plan
     from supir_batch.settings import Manifest
     from supir_batch.types import Job
+    from supir_batch.verify import Problem
 
 _SHOWN = 20  # entries of a list for people; --json has them all
 
 _EPILOG = (
     "Exit codes: 0 all done; 1 internal error; 2 usage or manifest; 3 finished, but some images failed; "
-    "4 stopped early, the same command resumes; 130 / 143 stopped by a signal, the same command resumes."
+    "4 stopped early, the same command resumes; 6 verify found a mismatch; "
+    "130 / 143 stopped by a signal, the same command resumes."
 )
 
 app = typer.Typer(
@@ -159,6 +161,44 @@ def status(output: OutputArgument, as_json: JsonOption = False, debug: DebugOpti
     with _errors(debug):
         data = _status_data(_output_uri(output))
         typer.echo(json.dumps(data) if as_json else _status_text(data))
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="An image: a path or a URI.")],
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say in plain words what an image claims about itself: what it is, its source, engine, prompts, seed, settings."""
+    with _errors(debug):
+        from supir_batch.inspect import inspect as look
+
+        lines = look(file)
+        if as_json:
+            typer.echo(json.dumps(lines, ensure_ascii=False))
+            return
+        width = max(len(label) for label, _ in lines)
+        typer.echo("\n".join(f"{label:{width}}  {text}" for label, text in lines))
+
+
+@app.command(epilog=_EPILOG)
+def verify(output: OutputArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Compare a whole output with its run log: every image, its tags, size and record, and files nobody put there."""
+    with _errors(debug):
+        from supir_batch.verify import verify as check
+
+        uri, count = _output_uri(output), 0
+        problems: list[Problem] = []
+        for checked in check(uri):
+            count += 1
+            problems += checked.problems
+            for problem in () if as_json else checked.problems:
+                typer.echo(f"{problem.kind:10} {problem.uri}: {problem.message}")
+        if as_json:
+            typer.echo(json.dumps({"output": uri, "files": count, "problems": [p._asdict() for p in problems]}))
+        else:
+            typer.echo(f"{count} files verified, {len(problems)} problems")
+        raise typer.Exit(6 if problems else 0)
 
 
 @app.command("show-config")

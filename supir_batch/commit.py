@@ -26,6 +26,7 @@ class Committed:
     sha256: str
     size: int  # bytes
     finished_at: str  # UTC, ISO 8601
+    record_sha256: str = ""  # of the record beside it
 
 
 def output_uri(job: Job, source_format: str) -> str:
@@ -54,11 +55,15 @@ def committed(job: Job, fingerprint: str, source_format: str) -> Committed | Non
         return claim if file_sha256(path) == claim.sha256 else None
 
 
-def commit(output: str, image: Path, record: dict[str, object]) -> None:
-    """Put the record, then the image file, in place; ``record`` must hold what ``committed`` reads."""
-    text = json.dumps(record, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
-    store.write_atomic(record_uri(output), text.encode())
+def commit(output: str, image: Path, record: dict[str, object]) -> str:
+    """Put the record, then the image file, in place; ``record`` must hold what ``committed`` reads.
+
+    Returns the SHA-256 of the record.
+    """
+    text = (json.dumps(record, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode()
+    store.write_atomic(record_uri(output), text)
     store.write_atomic(output, image)
+    return hashlib.sha256(text).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -75,9 +80,11 @@ def _read_record(uri: str) -> tuple[str, Committed] | None:
     if not store.exists(record_uri(uri)):
         return None
     try:
-        record = json.loads(store.read_bytes(record_uri(uri)))
-        output = record["output"]
-        claim = Committed(uri, str(output["sha256"]), int(output["bytes"]), str(record["run"]["finished_at"]))
+        text = store.read_bytes(record_uri(uri))
+        record = json.loads(text)
+        output, finished_at = record["output"], str(record["run"]["finished_at"])
+        digest = hashlib.sha256(text).hexdigest()
+        claim = Committed(uri, str(output["sha256"]), int(output["bytes"]), finished_at, digest)
         return str(record["fingerprint"]), claim
     except (ValueError, KeyError, TypeError):
         return None  # a foreign or damaged .json: the output does not count, and is made (and recorded) anew

@@ -81,6 +81,21 @@ _STALE_XMP = (
     *(("xmp", name) for name in ("Thumbnails", "ModifyDate", "MetadataDate")),
 )
 
+# XMP in which a file speaks of its making and its rights
+_CLAIMS = {
+    "Iptc4xmpExt": (
+        *("DigitalSourceType", "AISystemUsed", "AISystemVersionUsed", "AIPromptInformation", "AIPromptWriterName"),
+    ),
+    "dc": ("title", "creator", "rights", "description"),
+    "photoshop": ("Instructions",),
+    "xmp": ("CreatorTool",),
+    "xmpMM": ("DocumentID", "OriginalDocumentID"),
+    "supirBatch": (
+        *("Fingerprint", "SourceSHA256", "ConfigSHA256", "Seed", "Engine", "Scale", "TileSpec", "ColorFix"),
+        *("GenerativeReconstruction",),
+    ),
+}
+
 _JPEG_XMP_HEADER = b"http://ns.adobe.com/xap/1.0/\0"
 _JPEG_XMP_LIMIT = 65533 - len(_JPEG_XMP_HEADER)  # of one segment
 _IIM_CAPTION_LIMIT = 2000  # octets of IPTC 2:120
@@ -152,6 +167,19 @@ def read_metadata(path: Path) -> SourceMetadata:
     except (RuntimeError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
         notes.append(f"EXIF and IPTC of the source could not be read and are not in the output ({error})")
     return SourceMetadata(data, xmp, tuple(notes))
+
+
+def read_claims(path: Path) -> dict[str, str]:
+    """What an image file says about its making and its rights, by XMP property; b"" and absent ones are left out.
+
+    Raises ImageError ``bad-metadata`` if it has XMP that cannot be read.
+    """
+    try:
+        editor = _Xmp(_parse(_read_packet(path)))
+    except (ExpatError, ValueError, pyvips.Error, tifffile.TiffFileError) as error:
+        raise ImageError("bad-metadata", f"its XMP cannot be read ({error})") from error
+    said = {f"{prefix}:{name}": editor.read(prefix, name) for prefix, names in _CLAIMS.items() for name in names}
+    return {key: value for key, value in said.items() if value}
 
 
 def write_metadata(path: Path, source: SourceMetadata, record: ProvenanceRecord) -> tuple[str, ...]:

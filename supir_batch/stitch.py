@@ -65,7 +65,7 @@ class Stitched:
             for start in range(0, ready, step):
                 strip = slice(start, min(ready, start + step))
                 yield total[strip] / weight[strip]
-            total, weight, above = total[ready:], weight[ready:], common
+            total, weight, above = total[ready:].copy(), weight[ready:].copy(), common
 
     def _compare(self, ours: FloatImage, theirs: FloatImage | None) -> None:
         if theirs is not None and ours.size:

@@ -264,3 +264,4 @@ class Outcome:
     output_sha256: str = ""
     output_bytes: int = 0
     finished_at: str = ""  # UTC, ISO 8601
+    record_sha256: str = ""  # of the JSON beside the output

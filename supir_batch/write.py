@@ -43,7 +43,9 @@ def _failed(ticket: TileTicket, failure: Failure) -> Outcome:
 
 
 def _done(ticket: TileTicket, output: Committed) -> Outcome:
-    return Outcome(ticket, "done", output.uri, output.sha256, output.size, output.finished_at)
+    return Outcome(
+        ticket, "done", output.uri, output.sha256, output.size, output.finished_at, record_sha256=output.record_sha256
+    )
 
 
 def _write(ticket: TileTicket, pixels: FloatImage, carried: FloatImage) -> Outcome | None:
@@ -144,8 +146,8 @@ def _finish(
         result = Committed(output, commit.file_sha256(path), path.stat().st_size, _now())
         told = dataclasses.replace(facts, notes=(*record.notes, *written))
         finished = watch.record(dataclasses.replace(ticket, facts=told))
-        commit.commit(output, path, _sidecar(finished, record, result))
-    return _done(finished, result)
+        digest = commit.commit(output, path, _sidecar(finished, record, result))
+    return _done(finished, dataclasses.replace(result, record_sha256=digest))
 
 
 def _of_image(ticket: TileTicket, facts: ImageFacts, found: Sequence[Part]) -> TileTicket:

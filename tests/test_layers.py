@@ -77,6 +77,8 @@ SUPIR_BATCH = [
     "report.build",
     "progress",
     "driver",
+    "inspect",
+    "verify",
     "caption_list",
     "evaluate",
     "evaluation_report",

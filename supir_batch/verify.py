@@ -1,0 +1,114 @@
+"""A whole output compared with its run log: every image and record, and whatever else lies there.
+
+The log is the witness: it names the hash of each image and of the record beside it. Images are read one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from supir_batch import commit, metadata, probe, provenance, runlog, store, tiles
+from supir_batch.captions import CAPTIONS_FOLDER
+from supir_batch.errors import ImageError, ManifestError
+from supir_batch.plan import SCRATCH_FOLDER
+
+_OWN_FOLDERS = (runlog.RUNS_FOLDER, CAPTIONS_FOLDER, SCRATCH_FOLDER, "report")
+
+
+class Problem(NamedTuple):
+    """What is wrong with one file. ``kind``: missing, changed, stripped, geometry, foreign or unfinished."""
+
+    uri: str
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One file of the output, or one that should be there, and what is wrong with it."""
+
+    uri: str
+    problems: tuple[Problem, ...]
+
+
+def verify(output_uri: str) -> Iterator[Checked]:
+    """Check the images that the log of ``output_uri`` says are done, then look for what nobody put there.
+
+    Of each image the newest row that says ``done`` counts. Raises ManifestError if there is no log, StoreError if the
+    output cannot be read.
+    """
+    expected = _expected(output_uri)
+    for uri, row in expected.items():
+        yield Checked(uri, tuple(_image(uri, row)) + tuple(_record(uri, row)))
+    known = {*expected, *(commit.record_uri(uri) for uri in expected)}
+    folders = tuple(store.join(output_uri, folder) + "/" for folder in _OWN_FOLDERS)
+    for found in store.list_tree(output_uri):
+        if found.uri in known or (found.uri.startswith(folders) and not store.is_partial(found.uri)):
+            continue
+        if store.is_partial(found.uri):
+            problem = Problem(found.uri, "unfinished", "a write that was broken off; run again, which removes it")
+        elif found.uri.endswith(".json") and store.exists(found.uri.removesuffix(".json")):
+            problem = Problem(found.uri, "foreign", "the log knows no image that this record belongs to")
+        else:
+            problem = Problem(found.uri, "foreign", "the log does not know this file; run again, or move it away")
+        yield Checked(found.uri, (problem,))
+
+
+def _expected(output_uri: str) -> dict[str, dict[str, Any]]:
+    """The newest row of each output, by its URI."""
+    table = runlog.read_log(output_uri)
+    if table.num_rows == 0:
+        raise ManifestError(f"{output_uri}: holds no run log; give the output folder of a run, or its manifest")
+    newest = {row["output_uri"]: row for row in table.to_pylist() if row["status"] == "done"}
+    return dict(sorted(newest.items()))
+
+
+def _image(uri: str, row: dict[str, Any]) -> Iterator[Problem]:
+    if not store.exists(uri):
+        yield Problem(uri, "missing", "the log says it is done; run again")
+        return
+    with store.local_copy(uri) as path:
+        digest = commit.file_sha256(path)
+        if digest != row["output_sha256"]:
+            yield Problem(uri, "changed", f"its SHA-256 is {digest}, the log says {row['output_sha256']}")
+        try:
+            header = probe.probe(path)
+            claims = metadata.read_claims(path)
+        except ImageError as error:
+            yield Problem(uri, "changed", f"it cannot be read: {error}")
+            return
+    size, logged = (header.width, header.height), (row["output_width"], row["output_height"])
+    meant = tiles.output_size(row["source_width"], row["source_height"], row["setting_upscale"])
+    if size != logged or (row["setting_geometry"] == "pad" and size != meant):
+        yield Problem(
+            uri, "geometry", f"it has {size} pixels, the log says {logged}, the source's size asks for {meant}"
+        )
+    for key, value in _marks(row).items():
+        if claims.get(key) != value:
+            yield Problem(uri, "stripped", f"{key} is {claims.get(key, 'gone')}, it must be {value}")
+
+
+def _marks(row: dict[str, Any]) -> dict[str, str]:
+    """The tags by which the file says what it is."""
+    generative = row["setting_engine"] != "lanczos"
+    kind = provenance.GENERATIVE_SOURCE_TYPE if generative else provenance.ENHANCED_SOURCE_TYPE
+    return {
+        "Iptc4xmpExt:DigitalSourceType": kind,
+        "supirBatch:GenerativeReconstruction": str(generative),
+        "supirBatch:Fingerprint": row["fingerprint"],
+        "supirBatch:SourceSHA256": row["source_sha256"],
+        "supirBatch:ConfigSHA256": row["settings_sha256"],
+        "supirBatch:Seed": str(row["seed"]),
+    }
+
+
+def _record(uri: str, row: dict[str, Any]) -> Iterator[Problem]:
+    record_uri = commit.record_uri(uri)
+    if not store.exists(record_uri):
+        yield Problem(record_uri, "missing", "the record of an image that is done; run again")
+        return
+    digest = store.sha256(record_uri)
+    if digest != row["record_sha256"]:
+        yield Problem(record_uri, "changed", f"its SHA-256 is {digest}, the log says {row['record_sha256']}")
