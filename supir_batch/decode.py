@@ -19,7 +19,7 @@ import pyvips
 import tifffile
 from numpy.typing import NDArray
 
-from supir_batch import captions, color, commit, metadata, probe, released, resample, settings, store, tiles
+from supir_batch import captions, color, commit, jpeg2000, metadata, probe, released, resample, settings, store, tiles
 from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.errors import ImageError
 from supir_batch.types import FloatImage, ImageFacts, Job, TileBox, TileTicket
@@ -293,6 +293,8 @@ def _facts(job: Job, header: probe.Header, sha256: str) -> ImageFacts:
 
 def _read(path: Path, header: probe.Header) -> _Raster:
     """Decode all pixels, strictly; TIFFs that libvips refuses get a second, equally strict reader."""
+    if header.reader == "jpeg2000":
+        return _read_jpeg2000(path, header)
     refused = "libvips does not know this kind of TIFF"
     if header.reader == "vips":
         try:
@@ -309,6 +311,13 @@ def _read(path: Path, header: probe.Header) -> _Raster:
     except Exception as error:
         raise _damaged(f"libvips: {refused}; tifffile: {type(error).__name__}: {error}") from error
     return dataclasses.replace(raster, notes=(*raster.notes, f"read by tifffile because libvips refused it: {refused}"))
+
+
+def _read_jpeg2000(path: Path, header: probe.Header) -> _Raster:
+    found = jpeg2000.read_header(path)
+    depth = 8 if found.bits <= 8 else 16
+    notes = () if found.bits == depth else (f"{found.bits}-bit samples were expanded to {depth} bits",)
+    return _raster(jpeg2000.read_samples(path, found), header, found.icc, notes)
 
 
 def _damaged(seen: str) -> ImageError:

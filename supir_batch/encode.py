@@ -5,8 +5,9 @@ Metadata (EXIF, IPTC, XMP) is put in afterwards by metadata.py; here go pixels, 
 
 from __future__ import annotations
 
+import itertools
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ EXTENSIONS: dict[OutputFormat, str] = {"tiff": ".tif", "png": ".png", "jpeg": ".
 BIGTIFF_BYTES = 2_000_000_000
 """Raw size from which a TIFF is written as BigTIFF; compressed it may be smaller, but nobody knows before."""
 
+_STRIP_ROWS = 64
 _JPEG_LIMIT = 65535  # pixels per side
 _KEEP_XMP, _KEEP_ICC = 2, 8  # libvips' VipsForeignKeep flags
 _UNCLAIMED_DPI = 72.0  # written, then unmarked again, where the source claims no resolution
@@ -85,30 +87,59 @@ def encode(pixels: FloatImage, alpha: NDArray[np.float32], path: Path, spec: Fil
 def encode_strips(strips: Iterable[FloatImage], height: int, path: Path, spec: FileSpec) -> None:
     """``encode`` for an image that comes from top to bottom, in strips [rows, w, bands, and one for alpha].
 
-    One strip at a time is in memory; the samples wait in a file beside ``path``.
+    Little more than one strip is in memory: the samples wait in an uncompressed TIFF beside ``path``, from which
+    libvips streams; a file of bare samples it would map into memory as a whole.
     """
-    raw = path.with_name(f"{path.name}.raw")
+    waiting = path.with_name(f"{path.name}.samples")
+    kept = (_without_alpha(strip) if spec.format == "jpeg" else strip for strip in strips)
+    levels = (quantize(strip, spec.bit_depth) for strip in kept)
     try:
-        with raw.open("wb") as file:
-            for strip in strips:
-                channels = strip.shape[2]
-                if spec.format == "jpeg":
-                    channels = 1 if channels <= 2 else 3
-                levels = quantize(strip[..., :channels], spec.bit_depth)
-                file.write(np.ascontiguousarray(levels).data)
-                width, bands = strip.shape[1], 1 if channels <= 2 else 3
+        channels = _store_samples(levels, height, waiting)
+        image = pyvips.Image.tiffload(str(waiting), access="sequential", fail_on="warning")
         deep = spec.bit_depth == 16
-        image = pyvips.Image.rawload(
-            str(raw),
-            width,
-            height,
-            channels,
-            format="ushort" if deep else "uchar",
-            interpretation=("grey16" if deep else "b-w") if bands == 1 else ("rgb16" if deep else "srgb"),
-        )
-        _save(image, path, spec)
+        grey = channels <= 2
+        interpretation = ("grey16" if deep else "b-w") if grey else ("rgb16" if deep else "srgb")
+        _save(image.copy(interpretation=interpretation), path, spec)
     finally:
-        raw.unlink(missing_ok=True)
+        waiting.unlink(missing_ok=True)
+
+
+def _without_alpha(strip: FloatImage) -> FloatImage:
+    return strip[..., : 1 if strip.shape[2] <= 2 else 3]
+
+
+def _store_samples(strips: Iterable[NDArray[np.unsignedinteger[Any]]], height: int, path: Path) -> int:
+    """Write strips [rows, w, C] as an uncompressed TIFF of height rows; returns C."""
+    rest = iter(strips)
+    first = next(rest)
+    width, channels = int(first.shape[1]), int(first.shape[2])
+    evened = _evened(itertools.chain([first], rest))
+    with tifffile.TiffWriter(path, bigtiff=True) as tif:
+        tif.write(
+            evened if channels > 1 else (strip[..., 0] for strip in evened),
+            shape=(height, width, channels) if channels > 1 else (height, width),
+            dtype=first.dtype,
+            photometric="minisblack" if channels <= 2 else "rgb",
+            planarconfig="contig",
+            extrasamples=["unassalpha"] if channels in (2, 4) else None,
+            rowsperstrip=_STRIP_ROWS,
+            metadata=None,
+        )
+    return channels
+
+
+def _evened(strips: Iterable[NDArray[np.unsignedinteger[Any]]]) -> Iterator[NDArray[np.unsignedinteger[Any]]]:
+    """The same rows in strips of ``_STRIP_ROWS``."""
+    held: list[NDArray[np.unsignedinteger[Any]]] = []
+    for strip in strips:
+        held.append(strip)
+        if sum(map(len, held)) >= _STRIP_ROWS:
+            rows = np.concatenate(held)
+            ready = len(rows) // _STRIP_ROWS * _STRIP_ROWS
+            yield from np.split(rows[:ready], ready // _STRIP_ROWS)
+            held = [rows[ready:]]
+    if held and len(last := np.concatenate(held)):
+        yield last
 
 
 def _save(image: pyvips.Image, path: Path, spec: FileSpec) -> None:

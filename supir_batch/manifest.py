@@ -27,7 +27,21 @@ from supir_batch.errors import ManifestError, StoreError
 from supir_batch.settings import MAX_SEED, Manifest, Material, plain_words
 from supir_batch.types import Failure, Source
 
-IMAGE_EXTENSIONS = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jpe", ".webp", ".jp2", ".heic", ".heif", ".avif"}
+IMAGE_EXTENSIONS = {
+    ".tif",
+    ".tiff",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".webp",
+    ".jp2",
+    ".jpx",
+    ".j2k",
+    ".heic",
+    ".heif",
+    ".avif",
+}
 LIST_EXTENSIONS = {".csv", ".jsonl", ".parquet"}
 
 _MAX_PROBLEMS = 20  # shown at once; a list made by a script tends to have the same mistake in every row

@@ -29,7 +29,7 @@ import pyexiv2
 import pyvips
 import tifffile
 
-from supir_batch import probe
+from supir_batch import jpeg2000, probe
 from supir_batch.errors import ImageError
 from supir_batch.provenance import ProvenanceRecord
 
@@ -373,6 +373,8 @@ def _read_packet(path: Path) -> bytes:
         with tifffile.TiffFile(path) as tif:
             found = tif.pages.first.tags.valueof(700)
         return bytes(found) if found is not None else b""
+    if image_format == "jpeg2000":
+        return jpeg2000.read_header(path).xmp
     image = probe.open_vips(path, image_format)
     return bytes(image.get("xmp-data")) if "xmp-data" in image.get_fields() else b""
 

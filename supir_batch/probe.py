@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pyvips
 import tifffile
 
+from supir_batch import jpeg2000
 from supir_batch.errors import ImageError
 
 # libvips keeps the results of past operations by file name: a path that was rewritten would return its OLD pixels.
@@ -34,9 +35,9 @@ Photographs compress 2 to 100 times; only a blank page or a bomb reaches the 1,0
 EXPANSION_FREE_BYTES = 64 * 2**20
 """Raw size below which the ratio is not checked: such an image cannot exhaust memory, and may be a flat test chart."""
 
-ImageFormat = Literal["tiff", "png", "jpeg", "webp", "avif"]
+ImageFormat = Literal["tiff", "png", "jpeg", "webp", "avif", "jpeg2000"]
 
-_LOADERS: dict[ImageFormat, str] = {
+_LOADERS: dict[ImageFormat, str] = {  # of libvips; JPEG 2000 has its own reader
     "tiff": "tiffload",
     "png": "pngload",
     "jpeg": "jpegload",
@@ -46,8 +47,6 @@ _LOADERS: dict[ImageFormat, str] = {
 
 # first bytes of formats that are images or documents, but that this version does not read
 _KNOWN_UNREAD: tuple[tuple[bytes, str], ...] = (
-    (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
-    (b"\xff\x4f\xff\x51", "JPEG 2000 codestream"),
     (b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
     (b"\xff\x0a", "JPEG XL codestream"),
     (b"GIF8", "GIF"),
@@ -76,7 +75,7 @@ class Header:
     mode: str  # "grey", "rgb", "cmyk" or "lab"
     pages: int
     dpi: tuple[float, float] | None
-    reader: Literal["vips", "tifffile"]
+    reader: Literal["vips", "tifffile", "jpeg2000"]
 
     @property
     def raw_bytes(self) -> int:
@@ -95,6 +94,10 @@ def probe(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
     with path.open("rb") as stream:
         head = stream.read(64)
     image_format = sniff(head)
+    if image_format == "jpeg2000":
+        header = _from_jpeg2000(jpeg2000.read_header(path))
+        _check_limits(header, file_bytes, max_pixels)
+        return header
     try:
         header = _from_vips(open_vips(path, image_format), path, image_format)
     except pyvips.Error as error:
@@ -120,6 +123,8 @@ def sniff(head: bytes) -> ImageFormat:
         return "jpeg"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "webp"
+    if head.startswith((jpeg2000.JP2, jpeg2000.CODESTREAM)):
+        return "jpeg2000"
     if head[4:8] == b"ftyp":
         brand = head[8:12]
         if brand in (b"avif", b"avis"):
@@ -132,7 +137,7 @@ def sniff(head: bytes) -> ImageFormat:
             raise ImageError("unsupported", f"{name} is not read; convert it to TIFF, PNG or JPEG")
     raise ImageError(
         "not-an-image",
-        f"the file starts with {head[:16]!r}, which is no TIFF, PNG, JPEG, WebP or AVIF; "
+        f"the file starts with {head[:16]!r}, which is no TIFF, PNG, JPEG, JPEG 2000, WebP or AVIF; "
         "check that it is what its name says",
     )
 
@@ -232,6 +237,22 @@ def _from_tifffile(path: Path, vips_said: str) -> Header:
         pages=pages,
         dpi=dpi,
         reader="tifffile",
+    )
+
+
+def _from_jpeg2000(found: jpeg2000.Jpeg2000) -> Header:
+    return Header(
+        format="jpeg2000",
+        width=found.width,
+        height=found.height,
+        bands=found.components,
+        bit_depth=8 if found.bits <= 8 else 16,
+        has_alpha=found.has_alpha,
+        orientation=1,  # the format has none
+        mode="grey" if found.components <= 2 else "rgb",
+        pages=1,
+        dpi=found.dpi,
+        reader="jpeg2000",
     )
 
 

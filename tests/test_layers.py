@@ -57,6 +57,7 @@ SUPIR_BATCH = [
     "runlog",
     "captions",
     "plan",
+    "jpeg2000",
     "probe",
     "resample",
     "released",

@@ -1,0 +1,188 @@
+"""JPEG 2000: what the boxes of a JP2 file and the header of its codestream say, and the samples.
+
+libvips in its binary package cannot read it, and OpenJPEG, given a JP2 with an ICC profile, returns changed samples. So
+the boxes are read here, and the codec gets the bare codestream, whose samples it returns exactly.
+
+Sources: ISO/IEC 15444-1 (= ITU-T T.800), annex A (codestream) and annex I (JP2 boxes); Adobe XMP part 3 (XMP box).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import imagecodecs
+import numpy as np
+from numpy.typing import NDArray
+
+from supir_batch.errors import ImageError
+
+CODESTREAM = b"\xff\x4f\xff\x51"  # SOC, SIZ
+_END = b"\xff\xd9"  # EOC
+JP2 = b"\x00\x00\x00\x0cjP  \r\n\x87\n"
+
+_XMP_BOX = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")
+_BOX_LIMIT = 64 * 2**20  # bytes of a box that is read into memory
+_BOXES = 10_000  # of a file
+_SRGB, _GREY = 16, 17  # enumerated color spaces (table I.10)
+
+
+@dataclass(frozen=True)
+class Jpeg2000:
+    """What a file declares. ``bits`` of every sample; ``dpi`` (x, y) as captured, None where nothing is said.
+
+    ``start`` and ``length`` say where the codestream lies, in bytes. ``xmp`` is the packet, b"" if there is none.
+    """
+
+    width: int
+    height: int
+    components: int
+    bits: int
+    has_alpha: bool
+    icc: bytes | None
+    dpi: tuple[float, float] | None
+    xmp: bytes
+    start: int
+    length: int
+
+
+def read_header(path: Path) -> Jpeg2000:
+    """Read boxes and codestream header; decodes nothing. Raises ImageError ``truncated`` or ``unsupported``."""
+    size = path.stat().st_size
+    icc: bytes | None = None
+    dpi: tuple[float, float] | None = None
+    xmp, has_alpha, found = b"", None, None
+    with path.open("rb") as stream:
+        if stream.read(4) == CODESTREAM:
+            found = (0, size)
+        else:
+            for kind, start, length in _boxes(stream, 0, size):
+                if kind == b"jp2h":
+                    icc, has_alpha, dpi = _header_box(stream, start, length)
+                elif kind == b"uuid" and _read(stream, start, 16) == _XMP_BOX:
+                    xmp = _read(stream, start + 16, length - 16)
+                elif kind == b"jp2c" and found is None:
+                    found = (start, length)
+        if found is None:
+            raise ImageError("truncated", "the JPEG 2000 file holds no codestream; get a whole copy")
+        width, height, bits = _size_marker(_read(stream, found[0], min(found[1], 64 * 1024)))
+    components = len(bits)
+    if len(set(bits)) > 1 or components > 4:
+        raise ImageError("unsupported", f"a JPEG 2000 of {components} components with {bits} bits is not read")
+    if has_alpha is None:
+        has_alpha = components in (2, 4)
+    return Jpeg2000(width, height, components, bits[0], has_alpha, icc, dpi, xmp, *found)
+
+
+def read_samples(path: Path, header: Jpeg2000) -> NDArray[np.unsignedinteger[Any]]:
+    """Decode [h, w, components]: uint8 up to 8 bits, uint16 above, spread over the whole range of that type.
+
+    Raises ImageError ``damaged``.
+    """
+    with path.open("rb") as stream:
+        data = _read(stream, header.start, header.length, limit=None)
+    if not data.endswith(_END):  # the codec would answer a cut codestream with whatever it has of it
+        raise ImageError("truncated", "its codestream has no end; get a whole copy of the file")
+    try:
+        levels = imagecodecs.jpeg2k_decode(data)
+    except (imagecodecs.Jpeg2kError, ValueError) as error:
+        raise ImageError("damaged", f"its codestream cannot be decoded ({error}); get a whole copy") from error
+    if levels.ndim == 2:
+        levels = levels[..., None]
+    if levels.shape != (header.height, header.width, header.components) or levels.dtype not in (np.uint8, np.uint16):
+        raise ImageError("damaged", f"its codestream holds {levels.shape} {levels.dtype}, not what its header says")
+    top, whole = 2**header.bits - 1, np.iinfo(levels.dtype).max
+    if top == whole:
+        return levels
+    spread = np.minimum(levels, top).astype(np.uint32) * whole + top // 2
+    return (spread // top).astype(levels.dtype)  # type: ignore[no-any-return]
+
+
+def _boxes(stream: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Type, first byte of the contents, and their length, of the boxes in [start, end)."""
+    at = start
+    for _ in range(_BOXES):
+        if at + 8 > end:
+            return
+        length, kind = struct.unpack(">I4s", _read(stream, at, 8))
+        head = 8
+        if length == 1:
+            (length,), head = struct.unpack(">Q", _read(stream, at + 8, 8)), 16
+        if length == 0:  # to the end of the file
+            length = end - at
+        if length < head or at + length > end:
+            raise ImageError("truncated", f"its box {kind!r} declares {length} bytes; get a whole copy of the file")
+        yield kind, at + head, length - head
+        at += length
+    raise ImageError("damaged", f"it has more than {_BOXES} boxes; get a sound copy of the file")
+
+
+def _header_box(
+    stream: BinaryIO, start: int, length: int
+) -> tuple[bytes | None, bool | None, tuple[float, float] | None]:
+    """ICC profile, whether the last channel is alpha (None: not said), and resolution of a ``jp2h`` box."""
+    icc: bytes | None = None
+    has_alpha: bool | None = None
+    dpi: tuple[float, float] | None = None
+    seen_color = False
+    for kind, at, size in _boxes(stream, start, start + length):
+        body = _read(stream, at, size)
+        if kind == b"pclr":
+            raise ImageError("unsupported", "a JPEG 2000 with a palette is not read; convert it to RGB")
+        if kind == b"colr" and not seen_color and size > 3:  # the first one counts (I.5.3.3)
+            seen_color = True
+            if body[0] == 2:
+                icc = body[3:]
+            elif body[0] == 1 and size >= 7 and (space := int.from_bytes(body[3:7], "big")) not in (_SRGB, _GREY):
+                raise ImageError("unsupported", f"JPEG 2000 color space {space} is not read; convert it to grey or RGB")
+        if kind == b"cdef" and size >= 2:
+            kinds = [struct.unpack_from(">H", body, 4 + 6 * i)[0] for i in range((size - 2) // 6)]
+            has_alpha = any(kinds)
+        if kind == b"res ":
+            dpi = _resolution(stream, at, size)
+    return icc, has_alpha, dpi
+
+
+def _resolution(stream: BinaryIO, start: int, length: int) -> tuple[float, float] | None:
+    """(x, y) in pixels per inch of a ``res`` box, as captured if it says so, else as to be displayed."""
+    said: dict[bytes, tuple[float, float]] = {}
+    for kind, at, size in _boxes(stream, start, start + length):
+        if kind in (b"resc", b"resd") and size == 10:
+            down, by_down, across, by_across, power_down, power_across = struct.unpack(">4H2b", _read(stream, at, size))
+            if by_down and by_across and down and across:
+                metre = 0.0254
+                y, x = down / by_down * 10.0**power_down, across / by_across * 10.0**power_across
+                said[kind] = (round(x * metre, 2), round(y * metre, 2))
+    return said.get(b"resc", said.get(b"resd"))
+
+
+def _size_marker(data: bytes) -> tuple[int, int, list[int]]:
+    """Width, height and bits of each component from the SIZ marker (A.5.1)."""
+    if data[:4] != CODESTREAM or len(data) < 42:
+        raise ImageError("truncated", "its JPEG 2000 codestream has no header; get a whole copy of the file")
+    right, bottom, left, top = struct.unpack_from(">4I", data, 8)
+    (components,) = struct.unpack_from(">H", data, 40)
+    fields = data[42 : 42 + 3 * components]
+    if not components or len(fields) < 3 * components or right <= left or bottom <= top:
+        raise ImageError("truncated", "its JPEG 2000 codestream has a broken header; get a whole copy of the file")
+    if any(fields[i] & 0x80 for i in range(0, len(fields), 3)):
+        raise ImageError("unsupported", "a JPEG 2000 with signed samples is not read; convert it to unsigned ones")
+    if any(step != 1 for i in range(0, len(fields), 3) for step in fields[i + 1 : i + 3]):
+        raise ImageError("unsupported", "a JPEG 2000 with subsampled components is not read; convert it to RGB")
+    bits = [(fields[i] & 0x7F) + 1 for i in range(0, len(fields), 3)]
+    if max(bits) > 16:
+        raise ImageError("unsupported", f"a JPEG 2000 with {max(bits)} bits per sample is not read; convert it to 16")
+    return right - left, bottom - top, bits
+
+
+def _read(stream: BinaryIO, start: int, length: int, limit: int | None = _BOX_LIMIT) -> bytes:
+    if limit is not None and length > limit:
+        raise ImageError("too-large", f"a box of its header declares {length} bytes; get a sound copy of the file")
+    stream.seek(start)
+    data = stream.read(length)
+    if len(data) != length:
+        raise ImageError("truncated", "it ends in the middle of a box; get a whole copy of the file")
+    return data
