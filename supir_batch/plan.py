@@ -166,6 +166,7 @@ def _job(manifest: Manifest, source: Source, settings: Settings) -> Job:
         else None,
         captions_uri=store.join(manifest.output.uri, CAPTIONS_FOLDER),
         captioner=(manifest.caption.model or "") if settings.captioner else "",
+        sidecars=manifest.output.sidecars,
     )
 
 

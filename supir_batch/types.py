@@ -17,6 +17,7 @@ FloatImage = NDArray[np.float32]  # [H, W, C], values in [0, 1]
 
 OutputFormat = Literal["tiff", "png", "jpeg"]
 Status = Literal["done", "failed"]
+Sidecar = Literal["json", "premis"]
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class Job:
     model: ModelRef | None = None  # None: the engine has none
     captions_uri: str = ""  # where captions are kept
     captioner: str = ""
+    sidecars: tuple[Sidecar, ...] = ("json",)  # what is written beside the output; no part of what the image looks like
 
 
 @dataclass(frozen=True)
@@ -265,3 +267,4 @@ class Outcome:
     output_bytes: int = 0
     finished_at: str = ""  # UTC, ISO 8601
     record_sha256: str = ""  # of the JSON beside the output
+    premis_sha256: str = ""  # of the PREMIS XML beside the output; "" if none was written

@@ -41,8 +41,8 @@ def verify(output_uri: str) -> Iterator[Checked]:
     """
     expected = _expected(output_uri)
     for uri, row in expected.items():
-        yield Checked(uri, tuple(_image(uri, row)) + tuple(_record(uri, row)))
-    known = {*expected, *(commit.record_uri(uri) for uri in expected)}
+        yield Checked(uri, (*_image(uri, row), *_beside(uri, row)))
+    known = {*expected, *(name for uri, row in expected.items() for name in _sidecars(uri, row))}
     folders = tuple(store.join(output_uri, folder) + "/" for folder in _OWN_FOLDERS)
     for found in store.list_tree(output_uri):
         if found.uri in known or (found.uri.startswith(folders) and not store.is_partial(found.uri)):
@@ -104,11 +104,17 @@ def _marks(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _record(uri: str, row: dict[str, Any]) -> Iterator[Problem]:
-    record_uri = commit.record_uri(uri)
-    if not store.exists(record_uri):
-        yield Problem(record_uri, "missing", "the record of an image that is done; run again")
-        return
-    digest = store.sha256(record_uri)
-    if digest != row["record_sha256"]:
-        yield Problem(record_uri, "changed", f"its SHA-256 is {digest}, the log says {row['record_sha256']}")
+def _sidecars(uri: str, row: dict[str, Any]) -> dict[str, str]:
+    """What the log says lies beside an image, and its SHA-256."""
+    beside = {commit.record_uri(uri): row["record_sha256"]}
+    return beside | ({commit.premis_uri(uri): row["premis_sha256"]} if row["premis_sha256"] else {})
+
+
+def _beside(uri: str, row: dict[str, Any]) -> Iterator[Problem]:
+    for sidecar, logged in _sidecars(uri, row).items():
+        if not store.exists(sidecar):
+            yield Problem(sidecar, "missing", "it belongs beside an image that is done; bring it back from a copy")
+            continue
+        digest = store.sha256(sidecar)
+        if digest != logged:
+            yield Problem(sidecar, "changed", f"its SHA-256 is {digest}, the log says {logged}")

@@ -64,6 +64,7 @@ SUPIR_BATCH = [
     "color",
     "gate",
     "provenance",
+    "premis",
     "metadata",
     "encode",
     "commit",

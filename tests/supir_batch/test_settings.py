@@ -374,6 +374,17 @@ def test_the_hash_stays_what_it_was() -> None:
     assert settings_hash(fixed) == "8b1514aa9b1dd4be690e6ca6972f6a66be50fa4f7ffd77f7037342f32b509dd9"
 
 
+def test_sidecars_are_known_always_hold_the_record_and_make_no_new_work(tmp_path: Path) -> None:
+    plain = load(tmp_path, MINIMAL)
+    assert plain.output.sidecars == ("json", "premis")
+    alone = load(tmp_path, MINIMAL, {"output.sidecars": "json"})
+    assert alone.output.sidecars == ("json",)
+    assert resolve(plain, SOURCE, "hash") == resolve(alone, SOURCE, "hash")
+    for wrong, message in (("premis", "must name json"), ("[json, json]", "nothing twice"), ("[json, xmp]", "'premis'")):
+        with pytest.raises(ManifestError, match=message):
+            load(tmp_path, MINIMAL, {"output.sidecars": wrong})
+
+
 def test_fingerprint_depends_on_both() -> None:
     assert len({fingerprint(a, b) for a in ("1", "2") for b in ("1", "2")}) == 4
 
