@@ -270,6 +270,13 @@ def done_index(table: pa.Table) -> dict[DoneKey, Done]:
     return dict(latest.values())
 
 
+def newest_done(table: pa.Table) -> dict[str, dict[str, Any]]:
+    """The newest row that says ``done`` of each output that was ever made, by its URI, sorted."""
+    newest = {row["output_uri"]: row for row in _iterate(table, table.column_names) if row["status"] == "done"}
+    newest.pop(None, None)  # an image that was only captioned has no output
+    return dict(sorted(newest.items()))
+
+
 def last_attempts(table: pa.Table) -> dict[str, dict[str, Any]]:
     """The newest row of each id (all columns that :mod:`supir_batch.plan` gives reasons from)."""
     columns = ["id", "uri", "source_version", "settings_sha256", "status", "output_uri"]

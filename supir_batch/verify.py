@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from supir_batch import commit, metadata, probe, provenance, runlog, store, tiles
+from supir_batch import checksums, commit, metadata, probe, provenance, runlog, store, tiles
 from supir_batch.captions import CAPTIONS_FOLDER
 from supir_batch.errors import ImageError, ManifestError
 from supir_batch.plan import SCRATCH_FOLDER
@@ -39,10 +39,17 @@ def verify(output_uri: str) -> Iterator[Checked]:
     Of each image the newest row that says ``done`` counts. Raises ManifestError if there is no log, StoreError if the
     output cannot be read.
     """
-    expected = _expected(output_uri)
+    table = runlog.read_log(output_uri)
+    if table.num_rows == 0:
+        raise ManifestError(f"{output_uri}: holds no run log; give the output folder of a run, or its manifest")
+    expected = runlog.newest_done(table)
     for uri, row in expected.items():
-        yield Checked(uri, (*_image(uri, row), *_beside(uri, row)))
-    known = {*expected, *(name for uri, row in expected.items() for name in _sidecars(uri, row))}
+        yield Checked(uri, (*_image(uri, row), *_beside(row)))
+    known = {*expected, *(name for row in expected.values() for name in checksums.sidecars(row))}
+    listed = store.join(output_uri, checksums.FILE_NAME)
+    if store.exists(listed):
+        known.add(listed)
+        yield Checked(listed, tuple(_list(listed, checksums.text(output_uri, expected.values()))))
     folders = tuple(store.join(output_uri, folder) + "/" for folder in _OWN_FOLDERS)
     for found in store.list_tree(output_uri):
         if found.uri in known or (found.uri.startswith(folders) and not store.is_partial(found.uri)):
@@ -54,15 +61,6 @@ def verify(output_uri: str) -> Iterator[Checked]:
         else:
             problem = Problem(found.uri, "foreign", "the log does not know this file; run again, or move it away")
         yield Checked(found.uri, (problem,))
-
-
-def _expected(output_uri: str) -> dict[str, dict[str, Any]]:
-    """The newest row of each output, by its URI."""
-    table = runlog.read_log(output_uri)
-    if table.num_rows == 0:
-        raise ManifestError(f"{output_uri}: holds no run log; give the output folder of a run, or its manifest")
-    newest = {row["output_uri"]: row for row in table.to_pylist() if row["status"] == "done"}
-    return dict(sorted(newest.items()))
 
 
 def _image(uri: str, row: dict[str, Any]) -> Iterator[Problem]:
@@ -104,14 +102,13 @@ def _marks(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _sidecars(uri: str, row: dict[str, Any]) -> dict[str, str]:
-    """What the log says lies beside an image, and its SHA-256."""
-    beside = {commit.record_uri(uri): row["record_sha256"]}
-    return beside | ({commit.premis_uri(uri): row["premis_sha256"]} if row["premis_sha256"] else {})
+def _list(uri: str, wanted: str) -> Iterator[Problem]:
+    if store.read_bytes(uri) != wanted.encode():
+        yield Problem(uri, "changed", "its hashes are not those of the log; run again, which writes it anew")
 
 
-def _beside(uri: str, row: dict[str, Any]) -> Iterator[Problem]:
-    for sidecar, logged in _sidecars(uri, row).items():
+def _beside(row: dict[str, Any]) -> Iterator[Problem]:
+    for sidecar, logged in checksums.sidecars(row).items():
         if not store.exists(sidecar):
             yield Problem(sidecar, "missing", "it belongs beside an image that is done; bring it back from a copy")
             continue

@@ -68,6 +68,7 @@ SUPIR_BATCH = [
     "metadata",
     "encode",
     "commit",
+    "checksums",
     "decode",
     "engine",
     "captioner",

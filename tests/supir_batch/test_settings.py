@@ -380,7 +380,8 @@ def test_sidecars_are_known_always_hold_the_record_and_make_no_new_work(tmp_path
     alone = load(tmp_path, MINIMAL, {"output.sidecars": "json"})
     assert alone.output.sidecars == ("json",)
     assert resolve(plain, SOURCE, "hash") == resolve(alone, SOURCE, "hash")
-    for wrong, message in (("premis", "must name json"), ("[json, json]", "nothing twice"), ("[json, xmp]", "'premis'")):
+    refused = {"premis": "must name json", "[json, json]": "nothing twice", "[json, xmp]": "'premis'"}
+    for wrong, message in refused.items():
         with pytest.raises(ManifestError, match=message):
             load(tmp_path, MINIMAL, {"output.sidecars": wrong})
 
