@@ -236,11 +236,13 @@ class DiffusionStage:
     samples whose target is the degraded image under the negative prompt (SUPIR, section 3.3), drop_text the share
     without a caption; max_weight is the most that an error of the denoised latent may cost at small noise levels, where
     1 is its cost at large ones; in terms of min-SNR (Hang et al. 2023) snr + 1 is clamped, not snr, because with
-    control even the largest noise level leaves a picture to be predicted. image is the weight of the L1 loss of
-    decoded estimates at noise levels below 1, contours that of a loss on the strength of their gradients. own is the share of samples with a
-    noise level below 1 whose noise lies, as it does when sampling, on an estimate of the model itself from a larger
-    level, pulled to the control latent, instead of on the clean latent (backward simulation; Yin et al. 2024, "Improved
-    Distribution Matching Distillation", section 4.5).
+    control even the largest noise level leaves a picture to be predicted.
+
+    image is the weight of the L1 loss of decoded estimates at noise levels below 1, contours that of a loss on the
+    strength of their gradients. own is the share of samples with a noise level below 1 whose noise lies, as it does
+    when sampling, on an estimate of the model itself from a larger level, pulled to the control latent, instead of on
+    the clean latent (backward simulation; Yin et al. 2024, "Improved Distribution Matching Distillation", section 4.5);
+    where images are compared, an error of their latents does not count.
     """
 
     networks: Networks
