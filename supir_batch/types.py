@@ -160,9 +160,8 @@ class Job:
     settings: Settings
     settings_sha256: str
     output_stem: str
-    scratch_uri: str  # where parts of a cut image wait for assembly
+    output_root: str  # the output folder of the run
     model: ModelRef | None = None  # None: the engine has none
-    captions_uri: str = ""  # where captions are kept
     captioner: str = ""
 
 

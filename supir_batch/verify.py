@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from supir_batch import commit, metadata, probe, provenance, runlog, store, tiles
 from supir_batch.captions import CAPTIONS_FOLDER
 from supir_batch.errors import ImageError, ManifestError
-from supir_batch.plan import SCRATCH_FOLDER
+from supir_batch.parts import PARTS_FOLDER
 
-_OWN_FOLDERS = (runlog.RUNS_FOLDER, CAPTIONS_FOLDER, SCRATCH_FOLDER, "report")
+_OWN_FOLDERS = (runlog.RUNS_FOLDER, CAPTIONS_FOLDER, PARTS_FOLDER, "report")
 
 
 class Problem(NamedTuple):
@@ -57,12 +57,12 @@ def verify(output_uri: str) -> Iterator[Checked]:
 
 
 def _expected(output_uri: str) -> dict[str, dict[str, Any]]:
-    """The newest row of each output, by its URI."""
+    """The newest row of each output, by where it lies now: the whole folder may have been moved since."""
     table = runlog.read_log(output_uri)
     if table.num_rows == 0:
         raise ManifestError(f"{output_uri}: holds no run log; give the output folder of a run, or its manifest")
-    newest = {row["output_uri"]: row for row in table.to_pylist() if row["status"] == "done"}
-    return dict(sorted(newest.items()))
+    newest = {row["output_path"]: row for row in table.to_pylist() if row["status"] == "done"}
+    return {store.join(output_uri, path): row for path, row in sorted(newest.items())}
 
 
 def _image(uri: str, row: dict[str, Any]) -> Iterator[Problem]:

@@ -85,7 +85,7 @@ def make_job(tmp_path: Path) -> MakeJob:
         size = path.stat().st_size if path.exists() else 0
         source = Source(path.name, str(path), "list.csv:2", path.name, "v1", size, sha256=sha256)
         output = tmp_path / folder
-        return Job(source, chosen, settings_hash(chosen), str(output / path.stem), str(output / "_parts"))
+        return Job(source, chosen, settings_hash(chosen), str(output / path.stem), str(output))
 
     return make
 

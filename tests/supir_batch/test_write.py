@@ -327,7 +327,7 @@ def test_an_unexpected_error_is_a_failed_outcome(
 def test_parts_are_keyed_by_fingerprint(tmp_path: Path, make_job: MakeJob) -> None:
     job = make_job(tmp_path / "a.png")
     assert parts.uri(job, "f1", 0) != parts.uri(job, "f2", 0)
-    assert parts.uri(dataclasses.replace(job, scratch_uri="memory://x"), "f", 1) == "memory://x/f/000001.npy"
+    assert parts.uri(dataclasses.replace(job, output_root="memory://x"), "f", 1) == "memory://x/_parts/f/000001.npy"
 
 
 @pytest.mark.parametrize("tiled", [False, True])
