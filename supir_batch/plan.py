@@ -22,7 +22,13 @@ from supir_batch.settings import Manifest, resolve, settings_hash
 from supir_batch.types import Failure, Job, ModelRef, Settings, Source
 
 _RESERVED = {runlog.RUNS_FOLDER, PARTS_FOLDER, CAPTIONS_FOLDER}
-_EXTENSIONS = {"tiff": (".tif", ".tiff"), "png": (".png",), "jpeg": (".jpg", ".jpeg")}
+_EXTENSIONS = {
+    "tiff": (".tif", ".tiff"),
+    "png": (".png",),
+    "jpeg": (".jpg", ".jpeg"),
+    "webp": (".webp",),
+    "jpeg2000": (".jp2", ".jpx", ".j2k"),
+}
 _MAX_PROBLEMS = 20
 
 
