@@ -15,9 +15,9 @@ FILE_NAME = "checksum.sha256"
 
 
 def sidecars(row: Mapping[str, Any]) -> dict[str, str]:
-    """What lies beside the output of a run-log row, and its SHA-256 (hex), by URI."""
-    uri = row["output_uri"]
-    beside = {commit.record_uri(uri): row["record_sha256"], commit.premis_uri(uri): row["premis_sha256"]}
+    """What lies beside the output of a run-log row, and its SHA-256 (hex), by path below the output folder."""
+    path = row["output_path"]
+    beside = {commit.record_uri(path): row["record_sha256"], commit.premis_uri(path): row["premis_sha256"]}
     return {name: digest for name, digest in beside.items() if digest}
 
 
@@ -27,14 +27,11 @@ def line(digest: str, name: str) -> str:
     return f"{'' if escaped == name else chr(92)}{digest}  {escaped}\n"
 
 
-def text(output_uri: str, rows: Iterable[Mapping[str, Any]]) -> str:
-    """The whole file for the outputs of ``rows``, sorted by path; what lies elsewhere is left out."""
+def text(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The whole file for the outputs of ``rows``, sorted by path."""
     found: dict[str, str] = {}
     for row in rows:
-        for uri, digest in {row["output_uri"]: row["output_sha256"], **sidecars(row)}.items():
-            relative = store.relative_to(uri, output_uri)
-            if relative is not None and digest:
-                found[relative] = digest
+        found |= {row["output_path"]: row["output_sha256"], **sidecars(row)}
     return "".join(line(digest, name) for name, digest in sorted(found.items()))
 
 
@@ -43,7 +40,7 @@ def renew(output_uri: str) -> None:
 
     Raises StoreError if the log cannot be read or the file not be written.
     """
-    wanted = text(output_uri, runlog.newest_done(runlog.read_log(output_uri)).values()).encode()
+    wanted = text(runlog.newest_done(runlog.read_log(output_uri)).values()).encode()
     uri = store.join(output_uri, FILE_NAME)
     if wanted and not (store.exists(uri) and store.read_bytes(uri) == wanted):
         store.write_atomic(uri, wanted)

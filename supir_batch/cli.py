@@ -462,10 +462,14 @@ def _plan_of(loaded: Manifest, manifest_uri: str) -> Plan:
 
 
 def _output_uri(output: str) -> str:
-    """``output`` itself, or where the manifest of that name writes to."""
+    """``output`` itself, made absolute, or where the manifest of that name writes to."""
+    import os
+
+    from supir_batch import store
+
     if output.lower().endswith((".yaml", ".yml")):
         return _load(output, None).output.uri
-    return output
+    return store.resolve(os.getcwd(), output)
 
 
 # --- texts and data ------------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def read_claims(path: Path) -> dict[str, str]:
 
 
 def write_metadata(path: Path, source: SourceMetadata, record: ProvenanceRecord) -> tuple[str, ...]:
-    """Put the source's metadata and ours into the finished TIFF, PNG or JPEG at ``path``; returns notes.
+    """Put the source's metadata and ours into the finished file at ``path``; returns notes.
 
     Deterministic. Not for BigTIFF, which Exiv2 cannot open: its XMP goes in with the pixels (``build_xmp``). Raises
     ImageError ``metadata-failed``.
@@ -192,6 +192,7 @@ def write_metadata(path: Path, source: SourceMetadata, record: ProvenanceRecord)
     if record.output_format == "jpeg" and len(packet) > _JPEG_XMP_LIMIT:
         notes = (*notes, f"the source's XMP of {len(source.xmp)} bytes does not fit into a JPEG and was left out")
         packet, _ = build_xmp(SourceMetadata(source.carrier, b""), record)
+    untagged = path.read_bytes() if record.output_format == "jpeg2000" else b""
     try:
         _write_exif(path, source, record, maker_note=True)
     except RuntimeError as first:
@@ -201,8 +202,16 @@ def write_metadata(path: Path, source: SourceMetadata, record: ProvenanceRecord)
         except RuntimeError as error:
             raise ImageError("metadata-failed", f"metadata cannot be written into the output: {error}") from error
         notes = (*notes, f"the camera's maker note was left out of the output ({first})")
-    embed = {"jpeg": _embed_in_jpeg, "png": _embed_in_png, "tiff": _embed_in_tiff}
-    embed[record.output_format](path, packet)
+    embed = {
+        "jpeg": _embed_in_jpeg,
+        "png": _embed_in_png,
+        "tiff": _embed_in_tiff,
+        "webp": _embed_in_webp,
+    }
+    if record.output_format == "jpeg2000":  # Exiv2 keeps no resolution: only its own boxes are taken from what it wrote
+        path.write_bytes(jpeg2000.with_metadata(untagged, path.read_bytes(), packet))
+    else:
+        embed[record.output_format](path, packet)
     if _read_packet(path) != packet:
         raise ImageError("metadata-failed", "the XMP packet of the output does not read back as it was written")
     return notes
@@ -324,6 +333,23 @@ def _embed_in_png(path: Path, packet: bytes) -> None:
     body = b"iTXt" + b"XML:com.adobe.xmp" + bytes(5) + packet
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     path.write_bytes(data[:at] + chunk + data[at:])
+
+
+def _embed_in_webp(path: Path, packet: bytes) -> None:
+    """The last chunk of the RIFF file, announced in VP8X, which Exiv2 has added with the EXIF (RFC 9649, 2.7)."""
+    data = path.read_bytes()
+    chunks, at = [], 12
+    while at + 8 <= len(data):
+        (length,) = struct.unpack_from("<I", data, at + 4)
+        kind, body = data[at : at + 4], data[at + 8 : at + 8 + length]
+        at += 8 + length + length % 2
+        if kind == b"VP8X":
+            body = bytes([body[0] | 0x04]) + body[1:]
+        if kind != b"XMP ":
+            chunks.append((kind, body))
+    chunks.append((b"XMP ", packet))
+    written = b"".join(struct.pack("<4sI", kind, len(body)) + body + bytes(len(body) % 2) for kind, body in chunks)
+    path.write_bytes(b"RIFF" + struct.pack("<I", 4 + len(written)) + b"WEBP" + written)
 
 
 def _embed_in_tiff(path: Path, packet: bytes) -> None:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from supir_batch import checksums, commit, metadata, probe, provenance, runlog, store, tiles
 from supir_batch.captions import CAPTIONS_FOLDER
 from supir_batch.errors import ImageError, ManifestError
-from supir_batch.plan import SCRATCH_FOLDER
+from supir_batch.parts import PARTS_FOLDER
 
-_OWN_FOLDERS = (runlog.RUNS_FOLDER, CAPTIONS_FOLDER, SCRATCH_FOLDER, "report")
+_OWN_FOLDERS = (runlog.RUNS_FOLDER, CAPTIONS_FOLDER, PARTS_FOLDER, "report")
 
 
 class Problem(NamedTuple):
@@ -42,14 +42,16 @@ def verify(output_uri: str) -> Iterator[Checked]:
     table = runlog.read_log(output_uri)
     if table.num_rows == 0:
         raise ManifestError(f"{output_uri}: holds no run log; give the output folder of a run, or its manifest")
-    expected = runlog.newest_done(table)
-    for uri, row in expected.items():
-        yield Checked(uri, (*_image(uri, row), *_beside(row)))
-    known = {*expected, *(name for row in expected.values() for name in checksums.sidecars(row))}
+    rows = runlog.newest_done(table)
     listed = store.join(output_uri, checksums.FILE_NAME)
+    known = {listed}
+    for path, row in rows.items():
+        uri = store.join(output_uri, path)  # where it lies now: the whole folder may have been moved since
+        sidecars = {store.join(output_uri, name): digest for name, digest in checksums.sidecars(row).items()}
+        known |= {uri, *sidecars}
+        yield Checked(uri, (*_image(uri, row), *_beside(sidecars)))
     if store.exists(listed):
-        known.add(listed)
-        yield Checked(listed, tuple(_list(listed, checksums.text(output_uri, expected.values()))))
+        yield Checked(listed, tuple(_list(listed, checksums.text(rows.values()))))
     folders = tuple(store.join(output_uri, folder) + "/" for folder in _OWN_FOLDERS)
     for found in store.list_tree(output_uri):
         if found.uri in known or (found.uri.startswith(folders) and not store.is_partial(found.uri)):
@@ -107,8 +109,8 @@ def _list(uri: str, wanted: str) -> Iterator[Problem]:
         yield Problem(uri, "changed", "its hashes are not those of the log; run again, which writes it anew")
 
 
-def _beside(row: dict[str, Any]) -> Iterator[Problem]:
-    for sidecar, logged in checksums.sidecars(row).items():
+def _beside(sidecars: dict[str, str]) -> Iterator[Problem]:
+    for sidecar, logged in sidecars.items():
         if not store.exists(sidecar):
             yield Problem(sidecar, "missing", "it belongs beside an image that is done; bring it back from a copy")
             continue

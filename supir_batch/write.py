@@ -126,6 +126,9 @@ def _finish(
     file_format = encode.output_format(facts.format, settings)
     bit_depth = encode.output_depth(facts.bit_depth, file_format, settings)
     notes = []
+    if facts.bands == 1 and file_format == "webp":
+        facts = dataclasses.replace(facts, bands=3, icc=None)
+        notes.append("a WebP has no grey; it is sRGB with three equal channels")
     if facts.has_alpha and file_format == "jpeg":
         notes.append("transparency was left out, as a JPEG has none")
     if bit_depth < facts.bit_depth:
@@ -135,7 +138,18 @@ def _finish(
     bands = facts.bands + int(facts.has_alpha)
     big = file_format == "tiff" and encode.needs_bigtiff(facts.output_width, facts.output_height, bands, bit_depth)
     packet, packet_notes = metadata.build_xmp(source_metadata, record) if big else (b"", ())
-    spec = encode.FileSpec(file_format, bit_depth, facts.icc, record.dpi, bigtiff=big, xmp=packet)
+    spec = encode.FileSpec(
+        file_format,
+        bit_depth,
+        facts.icc,
+        record.dpi,
+        bigtiff=big,
+        xmp=packet,
+        compression=settings.compression,
+        tiled=settings.tiled,
+        pyramid=settings.pyramid,
+        quality=settings.quality,
+    )
 
     output = commit.output_uri(job, facts.format)
     with tempfile.TemporaryDirectory(prefix="supir-batch-") as folder:
@@ -149,6 +163,8 @@ def _finish(
             written = (*packet_notes, "a BigTIFF can hold XMP but not the source's EXIF and IPTC")
         else:
             written = metadata.write_metadata(path, source_metadata, record)
+        if spec.format == "tiff" and spec.pyramid:
+            encode.add_pyramid(path, spec)
         encode.check_file(path, facts.output_width, facts.output_height, spec, facts.bands, facts.has_alpha)
         result = Committed(output, commit.file_sha256(path), path.stat().st_size, _now())
         told = dataclasses.replace(facts, notes=(*record.notes, *written))

@@ -68,19 +68,21 @@ def _structure(a: Tensor, b: Tensor) -> Tensor:
 def _gradient_dissimilarity(a: Tensor, b: Tensor) -> Tensor:
     """1 - mean gradient magnitude similarity (Xue et al. 2014, equation 4) of images [B, 3, H, W] in [-1, 1].
 
-    Mean of full and half size. It asks for contours and texture as strong as the target's, and not, as a mean error
-    does, for none where their exact place is unknown.
+    Mean over windows of 1, 5 and 9 pixels, in which magnitudes are root mean squares. It asks for contours and texture
+    as strong as the target's, near where the target has them, and not, as a mean error does, for none where their exact
+    place is unknown.
     """
-
-    def magnitude(x: Tensor) -> Tensor:
-        horizontal, vertical = _image_gradients(x.mean(dim=1))
-        return (horizontal[:, 1:].square() + vertical[:, :, 1:].square() + 1e-6).sqrt()
-
     constant = 170 / 127.5**2
+
+    def energy(x: Tensor) -> Tensor:
+        horizontal, vertical = _image_gradients(x.mean(dim=1, keepdim=True))
+        return horizontal[:, :, 1:].square() + vertical[..., 1:].square() + 1e-6
+
+    p, q = energy(a), energy(b)
     similarities = []
-    for x, y in ((a, b), (F.avg_pool2d(a, 2), F.avg_pool2d(b, 2))):
-        p, q = magnitude(x), magnitude(y)
-        similarities.append(((2 * p * q + constant) / (p.square() + q.square() + constant)).mean())
+    for window in (1, 5, 9):
+        u, v = (F.avg_pool2d(one, window, stride=(window + 1) // 2) for one in (p, q))
+        similarities.append(((2 * (u * v).sqrt() + constant) / (u + v + constant)).mean())
     return 1 - torch.stack(similarities).mean()
 
 
@@ -234,11 +236,13 @@ class DiffusionStage:
     samples whose target is the degraded image under the negative prompt (SUPIR, section 3.3), drop_text the share
     without a caption; max_weight is the most that an error of the denoised latent may cost at small noise levels, where
     1 is its cost at large ones; in terms of min-SNR (Hang et al. 2023) snr + 1 is clamped, not snr, because with
-    control even the largest noise level leaves a picture to be predicted. image is the weight of the loss on decoded
-    estimates at noise levels below 1: L1, and contours as strong as the target's. own is the share of samples with a
-    noise level below 1 whose noise lies, as it does when sampling, on an estimate of the model itself from a larger
-    level, pulled to the control latent, instead of on the clean latent (backward simulation; Yin et al. 2024, "Improved
-    Distribution Matching Distillation", section 4.5).
+    control even the largest noise level leaves a picture to be predicted.
+
+    image is the weight of the L1 loss of decoded estimates at noise levels below 1, contours that of a loss on the
+    strength of their gradients. own is the share of samples with a noise level below 1 whose noise lies, as it does
+    when sampling, on an estimate of the model itself from a larger level, pulled to the control latent, instead of on
+    the clean latent (backward simulation; Yin et al. 2024, "Improved Distribution Matching Distillation", section 4.5);
+    where images are compared, an error of their latents does not count.
     """
 
     networks: Networks
@@ -285,7 +289,8 @@ class DiffusionStage:
         denoised, control_latent = self._denoise(pair.lq, origin, prompts, q, generator)
         channels = self.channel_weight[None, :, None, None]
         weight = (1 + 1 / q**2).clamp(max=recipe.max_weight)[:, None, None, None]
-        loss = (weight * channels * (denoised - latent).square()).mean()
+        errors = weight * channels * (denoised - latent).square()
+        loss = errors.mean()
         metrics = {
             "error": (channels * (denoised - latent).square()).mean().item(),
             "error_control": (channels * (control_latent - latent).square()).mean().item(),
@@ -293,7 +298,8 @@ class DiffusionStage:
         if recipe.image > 0 and bool((low := q < 1).any()):
             decoded, wanted = self.networks.vae.decode(denoised[low]).float(), target[low]
             l1, contours = F.l1_loss(decoded, wanted), _gradient_dissimilarity(decoded, wanted)
-            loss = loss + recipe.image * (l1 + contours)
+            # a mean error of latents, beside it, would ask for the smooth mean again
+            loss = errors[~own].sum() / errors.numel() + recipe.image * l1 + recipe.contours * contours
             metrics |= {"l1": l1.item(), "contours": contours.item()}
         return loss, metrics
 

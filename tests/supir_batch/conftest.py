@@ -62,6 +62,10 @@ PLAIN = Settings(
     seed=None,
     format="source",
     bit_depth=None,
+    compression="deflate",
+    tiled=False,
+    pyramid=False,
+    quality=None,
     gate_color_drift=5.0,
     gate_similarity=0.6,
     gate_dead=0.05,
@@ -92,8 +96,8 @@ def make_job(tmp_path: Path) -> MakeJob:
         size = path.stat().st_size if path.exists() else 0
         source = Source(path.name, str(path), "list.csv:2", path.name, "v1", size, sha256=sha256)
         output = tmp_path / folder
-        stem, scratch = str(output / path.stem), str(output / "_parts")
-        return Job(source, chosen, settings_hash(chosen), stem, scratch, sidecars=sidecars)
+        stem = str(output / path.stem)
+        return Job(source, chosen, settings_hash(chosen), stem, str(output), sidecars=sidecars)
 
     return make
 

@@ -91,6 +91,13 @@ def test_missing_foreign_and_unfinished_files_are_named(output: Path) -> None:
     ]
 
 
+def test_an_output_that_was_moved_is_still_sound(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output.rename(output.parent / "elsewhere")
+    monkeypatch.chdir(output.parent)
+    result = CliRunner().invoke(app, ["verify", "elsewhere"])
+    assert (result.exit_code, result.stdout) == (0, "3 files verified, 0 problems\n")
+
+
 def test_a_changed_record_is_named(output: Path) -> None:
     record = json.loads((output / "c.tif.json").read_text())
     record["prompt"] = "another"

@@ -241,11 +241,14 @@ def test_contours_weaker_and_stronger_than_the_originals_cost() -> None:
 def test_decoded_estimates_count_at_small_noise_alone(crops: PhotographCrops) -> None:
     networks = networks_of(0, crops)
     batch = crops.batch(torch.Generator().manual_seed(3), 8, 32)
-    stages = (stage_of(networks, recipe("joint", 1, image=image, batch=8), crops) for image in (0.0, 1.0))
-    plain, polished = (stage.loss(batch, torch.Generator().manual_seed(4)) for stage in stages)
-    assert "l1" not in plain[1]
-    added = polished[1]["l1"] + polished[1]["contours"]
-    assert polished[0].item() - plain[0].item() == pytest.approx(added, rel=1e-3)
+    losses, metrics = [], {}
+    for image, contours in ((0.0, 0.0), (1.0, 0.0), (1.0, 2.0)):
+        stage = stage_of(networks, recipe("joint", 1, image=image, contours=contours, batch=8), crops)
+        loss, metrics = stage.loss(batch, torch.Generator().manual_seed(4))
+        assert ("l1" in metrics) == (image > 0)
+        losses.append(loss.item())
+    assert losses[1] - losses[0] == pytest.approx(metrics["l1"], rel=1e-3)
+    assert losses[2] - losses[1] == pytest.approx(2 * metrics["contours"], rel=1e-3)
 
 
 def test_noise_on_the_models_own_estimates_is_another_input(crops: PhotographCrops) -> None:
