@@ -21,7 +21,10 @@ from supir_batch.parts import PARTS_FOLDER
 from supir_batch.settings import Manifest, resolve, settings_hash
 from supir_batch.types import Failure, Job, ModelRef, Settings, Source
 
-_RESERVED = {runlog.RUNS_FOLDER, PARTS_FOLDER, CAPTIONS_FOLDER}
+IIIF_FOLDER = "_iiif"
+"""Where an output keeps what viewers want, below it."""
+
+_RESERVED = {runlog.RUNS_FOLDER, PARTS_FOLDER, CAPTIONS_FOLDER, IIIF_FOLDER}
 _EXTENSIONS = {
     "tiff": (".tif", ".tiff"),
     "png": (".png",),

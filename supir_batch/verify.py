@@ -13,8 +13,9 @@ from supir_batch import checksums, commit, metadata, probe, provenance, runlog, 
 from supir_batch.captions import CAPTIONS_FOLDER
 from supir_batch.errors import ImageError, ManifestError
 from supir_batch.parts import PARTS_FOLDER
+from supir_batch.plan import IIIF_FOLDER
 
-_OWN_FOLDERS = (runlog.RUNS_FOLDER, CAPTIONS_FOLDER, PARTS_FOLDER, "report")
+_OWN_FOLDERS = (runlog.RUNS_FOLDER, CAPTIONS_FOLDER, PARTS_FOLDER, IIIF_FOLDER, "report")
 
 
 class Problem(NamedTuple):
