@@ -21,7 +21,10 @@ from supir_batch.parts import PARTS_FOLDER
 from supir_batch.settings import Manifest, resolve, settings_hash
 from supir_batch.types import Failure, Job, ModelRef, Settings, Source
 
-_RESERVED = {runlog.RUNS_FOLDER, PARTS_FOLDER, CAPTIONS_FOLDER}
+IIIF_FOLDER = "_iiif"
+"""Where an output keeps what viewers want, below it."""
+
+_RESERVED = {runlog.RUNS_FOLDER, PARTS_FOLDER, CAPTIONS_FOLDER, IIIF_FOLDER}
 _EXTENSIONS = {
     "tiff": (".tif", ".tiff"),
     "png": (".png",),
@@ -170,6 +173,7 @@ def _job(manifest: Manifest, source: Source, settings: Settings) -> Job:
         if settings.engine == "supir"
         else None,
         captioner=(manifest.caption.model or "") if settings.captioner else "",
+        sidecars=manifest.output.sidecars,
     )
 
 

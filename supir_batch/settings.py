@@ -33,7 +33,7 @@ from pydantic import (
 
 from supir_batch import model_folder, store
 from supir_batch.errors import ManifestError
-from supir_batch.types import Compression, GateLimits, Settings, Source
+from supir_batch.types import Compression, GateLimits, Settings, Sidecar, Source
 from supir_model.config import (
     MODELS,
     TINY,
@@ -61,6 +61,12 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _one_or_many(value: object) -> object:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
 class Output(_Section):
     """Where restored images go and in which form."""
 
@@ -83,6 +89,17 @@ class Output(_Section):
     naming: str = Field(
         default="{stem}", description="Output name, no extension; may use {stem} {id} {engine} {upscale}."
     )
+    sidecars: Annotated[tuple[Sidecar, ...], BeforeValidator(_one_or_many)] = Field(
+        default=("json", "premis"),
+        description="What lies beside each output: json, the record, always; premis: the same as PREMIS 3 XML.",
+    )
+
+    @field_validator("sidecars")
+    @classmethod
+    def _holds_the_record(cls, sidecars: tuple[Sidecar, ...]) -> tuple[Sidecar, ...]:
+        if "json" not in sidecars or len(set(sidecars)) != len(sidecars):
+            raise ValueError("must name json, by which a run knows what is done, and nothing twice: [json, premis]")
+        return sidecars
 
     @model_validator(mode="after")
     def _format_can_hold_it(self) -> Output:
@@ -348,12 +365,6 @@ class Runtime(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA where a worker has it, else CPU."
     )
-
-
-def _one_or_many(value: object) -> object:
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
 
 
 class Manifest(_Section):

@@ -18,6 +18,7 @@ FloatImage = NDArray[np.float32]  # [H, W, C], values in [0, 1]
 OutputFormat = Literal["tiff", "png", "jpeg", "webp", "jpeg2000"]
 Compression = Literal["deflate", "lzw", "none"]
 Status = Literal["done", "failed"]
+Sidecar = Literal["json", "premis"]
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ class Job:
     output_root: str  # the output folder of the run
     model: ModelRef | None = None  # None: the engine has none
     captioner: str = ""
+    sidecars: tuple[Sidecar, ...] = ("json",)  # what is written beside the output; no part of what the image looks like
 
 
 @dataclass(frozen=True)
@@ -269,3 +271,4 @@ class Outcome:
     output_bytes: int = 0
     finished_at: str = ""  # UTC, ISO 8601
     record_sha256: str = ""  # of the JSON beside the output
+    premis_sha256: str = ""  # of the PREMIS XML beside the output; "" if none was written

@@ -44,7 +44,14 @@ def _failed(ticket: TileTicket, failure: Failure) -> Outcome:
 
 def _done(ticket: TileTicket, output: Committed) -> Outcome:
     return Outcome(
-        ticket, "done", output.uri, output.sha256, output.size, output.finished_at, record_sha256=output.record_sha256
+        ticket,
+        "done",
+        output.uri,
+        output.sha256,
+        output.size,
+        output.finished_at,
+        output.record_sha256,
+        output.premis_sha256,
     )
 
 
@@ -159,8 +166,8 @@ def _finish(
         result = Committed(output, commit.file_sha256(path), path.stat().st_size, _now())
         told = dataclasses.replace(facts, notes=(*record.notes, *written))
         finished = watch.record(dataclasses.replace(ticket, facts=told))
-        digest = commit.commit(output, path, _sidecar(finished, record, result))
-    return _done(finished, dataclasses.replace(result, record_sha256=digest))
+        result = commit.commit(result, path, _sidecar(finished, record, result), job.sidecars)
+    return _done(finished, result)
 
 
 def _of_image(ticket: TileTicket, facts: ImageFacts, found: Sequence[Part]) -> TileTicket:
@@ -218,14 +225,18 @@ def _at_output_size(working: Iterable[FloatImage], facts: ImageFacts, settings: 
 
 def _sidecar(ticket: TileTicket, record: provenance.ProvenanceRecord, output: Committed) -> dict[str, object]:
     """The JSON beside the output: the record, the output's identity, and what varies from run to run."""
+    source = ticket.job.source
     return {
         **provenance.to_json(record),
         "notes": list(ticket.facts.notes) if ticket.facts is not None else [],
         "gate": None if ticket.scores is None else dataclasses.asdict(ticket.scores) | {"restored_again": ticket.again},
         "output": {"name": store.name(output.uri), "sha256": output.sha256, "bytes": output.size},
         "run": {
+            "started_at": ticket.started_at,
             "finished_at": output.finished_at,
-            "source_uri": ticket.job.source.uri,
+            "source_uri": source.uri,
+            "source_bytes": source.size,
+            "source_sha256_given": source.sha256 is not None,
             "stages": [dataclasses.asdict(stage) for stage in ticket.records],
         },
     }

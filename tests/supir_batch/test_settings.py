@@ -374,6 +374,18 @@ def test_the_hash_stays_what_it_was() -> None:
     assert settings_hash(fixed) == "ef297b5b8810955924b74c248583f9152e29fd004c04ce2b16b3e5c889d400a1"
 
 
+def test_sidecars_are_known_always_hold_the_record_and_make_no_new_work(tmp_path: Path) -> None:
+    plain = load(tmp_path, MINIMAL)
+    assert plain.output.sidecars == ("json", "premis")
+    alone = load(tmp_path, MINIMAL, {"output.sidecars": "json"})
+    assert alone.output.sidecars == ("json",)
+    assert resolve(plain, SOURCE, "hash") == resolve(alone, SOURCE, "hash")
+    refused = {"premis": "must name json", "[json, json]": "nothing twice", "[json, xmp]": "'premis'"}
+    for wrong, message in refused.items():
+        with pytest.raises(ManifestError, match=message):
+            load(tmp_path, MINIMAL, {"output.sidecars": wrong})
+
+
 def test_fingerprint_depends_on_both() -> None:
     assert len({fingerprint(a, b) for a in ("1", "2") for b in ("1", "2")}) == 4
 
