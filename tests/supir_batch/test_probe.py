@@ -72,16 +72,10 @@ def test_a_table_of_numbers_is_not_an_image(tmp_path: Path) -> None:
     assert _kind(path) == "not-an-image"
 
 
-@pytest.mark.parametrize("start", [b"GIF89a", b"%PDF-1.7", b"\x00\x00\x00\x0cJXL \r\n\x87\n", b"\0\0\0\x18ftypheic"])
+@pytest.mark.parametrize("start", [b"GIF89a", b"%PDF-1.7", b"\x00\x00\x00\x0cJXL \r\n\x87\n", b"\0\0\0\x18ftypisom"])
 def test_known_formats_that_are_not_read_are_named(tmp_path: Path, start: bytes) -> None:
     path = tmp_path / "a"
     path.write_bytes(start + bytes(64))
-    assert _kind(path) == "unsupported"
-
-
-def test_float_samples_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.tif"
-    tifffile.imwrite(path, np.zeros((4, 4), np.float32), metadata=None)
     assert _kind(path) == "unsupported"
 
 
