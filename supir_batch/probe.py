@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -184,7 +186,22 @@ def open_vips(path: Path, image_format: ImageFormat, page: int = 1) -> Any:
     """
     loader = getattr(pyvips.Image, _LOADERS[image_format])
     chosen = {"page": page - 1} if page > 1 else {}
-    return loader(str(path), access="sequential", fail_on="warning", **chosen)
+    with vips_errors():
+        return loader(str(path), access="sequential", fail_on="warning", **chosen)
+
+
+@contextmanager
+def vips_errors() -> Iterator[None]:
+    """Every failure of libvips as a pyvips.Error, also where its message quotes bytes that are no text.
+
+    pyvips then raises UnicodeDecodeError, and keeps the message, so that every later failure of the process would end
+    the same way.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        pyvips.vips_lib.vips_error_clear()
+        raise pyvips.Error("libvips failed", "its message is no text") from error
 
 
 def vips_message(error: pyvips.Error, path: Path) -> str:

@@ -74,7 +74,8 @@ def read(path: Path, header: probe.Header) -> Raster:
     refused = None
     if header.reader == "vips":
         try:
-            return _read_vips(path, header)
+            with probe.vips_errors():
+                return _read_vips(path, header)
         except pyvips.Error as error:
             refused = probe.vips_message(error, path)
             if header.format != "tiff":
@@ -125,7 +126,8 @@ def _read_tiff(path: Path, header: probe.Header, refused: str | None) -> Raster:
             image = pyvips.Image.new_from_array(levels).copy(interpretation="cmyk")
             if icc is not None:
                 image.set_type(pyvips.GValue.blob_type, "icc-profile-data", icc)
-            levels, icc = _cmyk_to_srgb(image, header).numpy(), None
+            with probe.vips_errors():
+                levels, icc = _cmyk_to_srgb(image, header).numpy(), None
     except (ImageError, MemoryError):
         raise
     # tifffile raises its own errors, but damaged data also surfaces as codec errors, IndexError, struct.error ...

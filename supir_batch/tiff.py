@@ -8,6 +8,7 @@ Sources: TIFF 6.0 (sections 5 on palettes, 18 on alpha, 23 on CIELAB), Adobe's P
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +36,10 @@ _MODES: dict[int, Literal["grey", "rgb", "cmyk", "lab"]] = {
     _CIELAB: "lab",
     _ICCLAB: "lab",
 }
-_JPEG = frozenset({6, 7})  # compressions whose decoders turn YCbCr into RGB
+# Compression: none, CCITT, LZW, JPEG (old and new), deflate, PackBits, LZMA, ZSTD. Their decoders write no more than
+# the tags announce; the others (JPEG 2000, LERC, WebP, ...) make room for what a header of their own says.
+_JPEG = frozenset({6, 7})  # turns YCbCr into RGB
+_COMPRESSIONS = _JPEG | {1, 2, 3, 4, 5, 8, 32946, 32773, 34925, 34926, 50000}
 _UNSIGNED, _FLOAT, _UNDEFINED = 1, 3, 4  # SampleFormat
 _ASSOCIATED = 1  # ExtraSamples: colors are multiplied by alpha
 _CMYK_INKS = 1  # InkSet
@@ -95,6 +99,7 @@ def read_samples(path: Path, header: Tiff) -> tuple[Levels, bytes | None, tuple[
     """
     with tifffile.TiffFile(path) as tif:
         page = tif.pages[header.page - 1]
+        _check_segments(page, tif.filehandle)
         samples = page.asarray()
         if page.axes == "SYX":
             samples = np.moveaxis(samples, 0, 2)
@@ -135,6 +140,9 @@ def _header(page: Any, number: int, pages: int) -> Tiff:
     alpha = samples - (1 if palette else colors)
     if alpha not in (0, 1) or (alpha and (palette or mode == "lab")):
         raise ImageError("unsupported", f"{kind} is not read; convert it to grey or RGB with at most one alpha channel")
+    if int(page.compression) not in _COMPRESSIONS:
+        name = getattr(page.compression, "name", page.compression)
+        raise ImageError("unsupported", f"a TIFF of compression {name} is not read; save it with deflate or LZW")
     if photometric == _YCBCR and int(page.compression) not in _JPEG:
         raise ImageError("unsupported", f"{kind} (YCbCr, and no JPEG) is not read; convert it to RGB")
     if photometric == _SEPARATED and page.tags.valueof("InkSet", default=_CMYK_INKS) != _CMYK_INKS:
@@ -166,6 +174,35 @@ def _header(page: Any, number: int, pages: int) -> Tiff:
         raw_bytes=int(padded) * bands * max(8, bits) // 8,
         vips=not floats and mode != "lab" and (bits in (8, 16) or (samples == 1 and bits in (1, 2, 4))),
     )
+
+
+def _check_segments(page: Any, stream: Any) -> None:
+    """Refuse strips or tiles for which tifffile would make more room than the tags announce."""
+    width = page.tilewidth if page.is_tiled else page.imagewidth
+    most = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
+    least = most if page.is_tiled else 1  # the last strip may be short
+    for start, length in zip(page.dataoffsets, page.databytecounts, strict=False):
+        if start + length > stream.size:
+            raise ImageError("truncated", "its pixels reach beyond the end of the file; get a whole copy of it")
+        if int(page.compression) in _JPEG and length:
+            stream.seek(start)
+            size = _jpeg_size(stream.read(length))
+            if size is None or size[0] != width or not least <= size[1] <= most:
+                raise ImageError(
+                    "damaged", f"one of its JPEG parts holds {size} pixels instead of {(width, most)}; get a sound copy"
+                )
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height from a JPEG's frame header; None if it has none (ITU-T T.81, B.2.2)."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return width, height
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
 
 
 def _are_known(bits: object, sample_format: object, mode: str, photometric: int) -> bool:

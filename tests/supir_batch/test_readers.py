@@ -33,15 +33,13 @@ def _ramp(bands: int, depth: int, height: int = 70, width: int = 90) -> np.ndarr
 
 @pytest.mark.parametrize("depth", [8, 16])
 @pytest.mark.parametrize("bands", [1, 3])
-@pytest.mark.parametrize("compression", [None, "lzw", "deflate", "packbits", "zstd", "lzma", "lerc", "jpeg2000"])
+@pytest.mark.parametrize("compression", [None, "lzw", "deflate", "packbits", "zstd", "lzma"])
 @pytest.mark.parametrize(
     "layout", [{}, {"tile": (32, 48)}, {"planarconfig": "separate"}, {"bigtiff": True}, {"byteorder": ">"}]
 )
 def test_every_lossless_tiff_is_read_exactly(
     tmp_path: Path, depth: int, bands: int, compression: str | None, layout: dict[str, Any]
 ) -> None:
-    if "byteorder" in layout and compression in ("lerc", "jpeg2000"):
-        pytest.skip("the writer hands these codecs swapped bytes")
     path, levels = tmp_path / "a.tif", _ramp(bands, depth)
     planar = bands == 3 and "planarconfig" in layout
     stored = np.moveaxis(levels, 2, 0) if planar else levels[..., 0] if bands == 1 else levels

@@ -87,6 +87,8 @@ def test_no_page_at_all(tmp_path: Path) -> None:
         (np.zeros((4, 4, 3), np.uint8), {"photometric": "itulab"}),
         (np.zeros((4, 4, 3), np.uint8), {"photometric": "ycbcr"}),  # libvips would take it for RGB
         (np.zeros((4, 4, 3), np.float32), {"photometric": "cielab"}),
+        (np.zeros((4, 4), np.uint8), {"compression": "lerc"}),  # these two may declare any size inside
+        (np.zeros((4, 4), np.uint8), {"compression": "jpeg2000"}),
         (np.zeros((4, 4, 4), np.uint8), {"photometric": "separated", "extratags": [(332, 3, 1, 2, True)]}),  # InkSet
     ],
 )
@@ -142,3 +144,34 @@ def test_white_is_zero(tmp_path: Path, bits: int) -> None:
     levels, _, _ = read_samples(path, read_header(path))
     whole = 255 if bits <= 8 else 65535
     np.testing.assert_array_equal(np.rint((1 - levels[..., 0] / whole) * (2**bits - 1)), samples)
+
+
+def test_strips_that_claim_more_bytes_than_the_file_has(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.tif", np.zeros((64, 64), np.uint8), compression="zstd")
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        tif.pages.first.tags["StripByteCounts"].overwrite(2**31)
+    with pytest.raises(ImageError, match="beyond the end") as caught:
+        read_samples(path, read_header(path))
+    assert caught.value.kind == "truncated"
+
+
+@pytest.mark.parametrize("layout", [{}, {"tile": (32, 32)}, {"rowsperstrip": 24}])
+def test_jpeg_parts_by_the_second_reader(tmp_path: Path, layout: dict[str, Any]) -> None:
+    path = tmp_path / "a.tif"
+    _write(path, np.full((70, 90, 3), 99, np.uint8), photometric="rgb", compression="jpeg", **layout)
+    levels, _, _ = read_samples(path, read_header(path))
+    assert levels.shape == (70, 90, 3)
+    assert np.abs(levels.astype(int) - 99).max() <= 4
+
+
+@pytest.mark.parametrize("claimed", [(20_000, 20_000), (16, 8), (8, 16)])
+def test_a_jpeg_part_that_is_not_what_the_tags_say(tmp_path: Path, claimed: tuple[int, int]) -> None:
+    """The decoder would make room for 1.2 GB, or leave out what is missing."""
+    path = tmp_path / "a.tif"
+    _write(path, np.zeros((16, 16, 3), np.uint8), photometric="rgb", compression="jpeg", tile=(16, 16))
+    data = bytearray(path.read_bytes())
+    struct.pack_into(">HH", data, data.index(b"\xff\xc0") + 5, *claimed)
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match="JPEG parts") as caught:
+        read_samples(path, read_header(path))
+    assert caught.value.kind == "damaged"
