@@ -45,11 +45,11 @@ def keep(ticket: TileTicket) -> None:
 def _uri(ticket: TileTicket) -> str | None:
     """Where the caption is kept; None for captions that cost less than a look-up."""
     job: Job = ticket.job
-    if job.settings.prompt_source != "llava" or not job.captions_uri:
+    if job.settings.prompt_source != "llava":
         return None
     text = json.dumps(_deciding(ticket), sort_keys=True, separators=(",", ":"))
     key = hashlib.sha256(text.encode()).hexdigest()
-    return store.join(job.captions_uri, key[:2], f"{key}.json")
+    return store.join(job.output_root, CAPTIONS_FOLDER, key[:2], f"{key}.json")
 
 
 def _deciding(ticket: TileTicket) -> dict[str, str | int | float]:

@@ -201,6 +201,36 @@ def verify(output: OutputArgument, as_json: JsonOption = False, debug: DebugOpti
         raise typer.Exit(6 if problems else 0)
 
 
+@app.command()
+def export(
+    output: OutputArgument,
+    bagit: Annotated[str | None, typer.Option(metavar="DIR", help="Make DIR a BagIt 1.0 bag of the output.")] = None,
+    archivematica: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Make DIR a transfer for Archivematica: originals, and outputs for access."),
+    ] = None,
+    iiif: Annotated[
+        str | None,
+        typer.Option(metavar="BASE_URL", help="Write IIIF manifests into the output, to be published at BASE_URL."),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Hand over what is done: as a bag, as a transfer for Archivematica, or to IIIF viewers."""
+    with _errors(debug):
+        from supir_batch import export as exports
+        from supir_batch.iiif import write_manifests
+
+        if bagit is None and archivematica is None and iiif is None:
+            raise ManifestError("nothing to export to; name --bagit, --archivematica or --iiif")
+        uri = _output_uri(output)
+        if bagit is not None:
+            typer.echo(f"{exports.bag(uri, bagit)} images in the bag {bagit}")
+        if archivematica is not None:
+            typer.echo(f"{exports.archivematica(uri, archivematica)} images in the transfer {archivematica}")
+        if iiif is not None:
+            typer.echo(f"{write_manifests(uri, iiif)} images in {uri}/_iiif/collection.json")
+
+
 @app.command("show-config")
 def show_config(
     manifest: ManifestArgument, overrides: SetOption = None, as_json: JsonOption = False, debug: DebugOption = False
@@ -462,10 +492,14 @@ def _plan_of(loaded: Manifest, manifest_uri: str) -> Plan:
 
 
 def _output_uri(output: str) -> str:
-    """``output`` itself, or where the manifest of that name writes to."""
+    """``output`` itself, made absolute, or where the manifest of that name writes to."""
+    import os
+
+    from supir_batch import store
+
     if output.lower().endswith((".yaml", ".yml")):
         return _load(output, None).output.uri
-    return output
+    return store.resolve(os.getcwd(), output)
 
 
 # --- texts and data ------------------------------------------------------------------------------------------------

@@ -1,19 +1,21 @@
-"""When an output counts: its record beside it first, then the object itself, each written whole.
+"""When an output counts: its record first, then what else lies beside it, then the object itself, each written whole.
 
 Beside ``photo.tif`` lies ``photo.tif.json``, which names the fingerprint of the work and the SHA-256 and size of the
-image it belongs to. The record is written first. A kill between the two writes leaves a record whose image is missing
-or an older one, and both are seen, because an output counts only if its bytes are those the record names.
+image it belongs to. The record is written first and the image last. A kill between the writes leaves a record whose
+image is missing or an older one, and both are seen, because an output counts only if its bytes are those the record
+names. The PREMIS XML (``photo.tif.premis.xml``) is written between the two, so an output that counts has it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from supir_batch import encode, store
-from supir_batch.types import Job
+from supir_batch import encode, premis, store
+from supir_batch.types import Job, Sidecar
 
 _CHUNK = 2**20
 
@@ -27,6 +29,7 @@ class Committed:
     size: int  # bytes
     finished_at: str  # UTC, ISO 8601
     record_sha256: str = ""  # of the record beside it
+    premis_sha256: str = ""  # of the PREMIS XML beside it; "" if none was written
 
 
 def output_uri(job: Job, source_format: str) -> str:
@@ -37,6 +40,11 @@ def output_uri(job: Job, source_format: str) -> str:
 def record_uri(output: str) -> str:
     """Where the JSON record of the output at URI ``output`` lies."""
     return output + ".json"
+
+
+def premis_uri(output: str) -> str:
+    """Where the PREMIS XML of the output at URI ``output`` lies, if it has one."""
+    return output + ".premis.xml"
 
 
 def committed(job: Job, fingerprint: str, source_format: str) -> Committed | None:
@@ -55,15 +63,23 @@ def committed(job: Job, fingerprint: str, source_format: str) -> Committed | Non
         return claim if file_sha256(path) == claim.sha256 else None
 
 
-def commit(output: str, image: Path, record: dict[str, object]) -> str:
-    """Put the record, then the image file, in place; ``record`` must hold what ``committed`` reads.
+def commit(output: Committed, image: Path, record: dict[str, object], sidecars: Collection[Sidecar]) -> Committed:
+    """Put the record, then the PREMIS XML if ``sidecars`` names it, then the image file, in place.
 
-    Returns the SHA-256 of the record.
+    ``record`` must hold what ``committed`` and premis.document read. Returns ``output`` with the hashes of what lies
+    beside it.
     """
+    xml = premis.document(record) if "premis" in sidecars else b""
+    output = replace(output, premis_sha256=hashlib.sha256(xml).hexdigest() if xml else "")
+    record = {**record, "sidecars": {"premis": output.premis_sha256} if xml else {}}
     text = (json.dumps(record, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode()
-    store.write_atomic(record_uri(output), text)
-    store.write_atomic(output, image)
-    return hashlib.sha256(text).hexdigest()
+    store.write_atomic(record_uri(output.uri), text)
+    if xml:
+        store.write_atomic(premis_uri(output.uri), xml)
+    else:
+        store.delete(premis_uri(output.uri))  # that of an earlier output would speak of another image
+    store.write_atomic(output.uri, image)
+    return replace(output, record_sha256=hashlib.sha256(text).hexdigest())
 
 
 def file_sha256(path: Path) -> str:
@@ -84,7 +100,8 @@ def _read_record(uri: str) -> tuple[str, Committed] | None:
         record = json.loads(text)
         output, finished_at = record["output"], str(record["run"]["finished_at"])
         digest = hashlib.sha256(text).hexdigest()
-        claim = Committed(uri, str(output["sha256"]), int(output["bytes"]), finished_at, digest)
+        beside = str(record.get("sidecars", {}).get("premis", ""))
+        claim = Committed(uri, str(output["sha256"]), int(output["bytes"]), finished_at, digest, beside)
         return str(record["fingerprint"]), claim
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None  # a foreign or damaged .json: the output does not count, and is made (and recorded) anew

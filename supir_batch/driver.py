@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import Any
 
-from supir_batch import __version__, runlog, store
+from supir_batch import __version__, checksums, runlog, store
+from supir_batch.errors import StoreError
 from supir_batch.plan import Plan, RefusedJob
 from supir_batch.progress import progress
 from supir_batch.settings import Manifest, explain
@@ -72,10 +73,12 @@ def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limit: int | None
     jobs = [entry.job for entry in plan.todo][:limit]
     started = time.monotonic()
     if not jobs and not plan.refused:
+        checksums.renew(plan.output_uri)  # a killed run left none
         return Summary(plan.output_uri, "", 0, 0, {}, len(plan.done), len(plan.todo), 0.0)
     run_id = runlog.new_run_id()
     folder = runlog.run_folder(plan.output_uri, run_id)
     store.remove_partials(plan.output_uri)
+    checksums.remove(plan.output_uri)
     store.write_atomic(store.join(folder, "manifest.yaml"), _annotated(manifest, manifest_uri))
 
     rows: Counter[str] = Counter()
@@ -101,6 +104,10 @@ def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limit: int | None
             stopped_by = signal_number(stop)
         except Exception as error:
             stop_error = error
+    try:
+        checksums.renew(plan.output_uri)
+    except StoreError as error:
+        stop_error = stop_error or error
     done = rows["done"] + rows["recovered"]
     attempted = done + rows["failed"] - len(plan.refused)
     return Summary(

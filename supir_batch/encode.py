@@ -17,17 +17,26 @@ import pyvips
 import tifffile
 from numpy.typing import NDArray
 
-from supir_batch import probe
+from supir_batch import jpeg2000, probe
 from supir_batch.errors import ImageError
-from supir_batch.types import FloatImage, OutputFormat, Settings
+from supir_batch.types import Compression, FloatImage, OutputFormat, Settings
 
-EXTENSIONS: dict[OutputFormat, str] = {"tiff": ".tif", "png": ".png", "jpeg": ".jpg"}
+EXTENSIONS: dict[OutputFormat, str] = {
+    "tiff": ".tif",
+    "png": ".png",
+    "jpeg": ".jpg",
+    "webp": ".webp",
+    "jpeg2000": ".jp2",
+}
 
 BIGTIFF_BYTES = 2_000_000_000
 """Raw size from which a TIFF is written as BigTIFF; compressed it may be smaller, but nobody knows before."""
 
 _STRIP_ROWS = 64
-_JPEG_LIMIT = 65535  # pixels per side
+_LIMITS: dict[OutputFormat, int] = {"jpeg": 65535, "webp": 16383}  # pixels per side
+_EIGHT_BIT: tuple[OutputFormat, ...] = ("jpeg", "webp")
+_JPEG_QUALITY = 95
+_TILE = 256  # pixels
 _KEEP_XMP, _KEEP_ICC = 2, 8  # libvips' VipsForeignKeep flags
 _UNCLAIMED_DPI = 72.0  # written, then unmarked again, where the source claims no resolution
 
@@ -37,7 +46,8 @@ class FileSpec:
     """What the file must be besides its pixels.
 
     ``dpi`` is (x, y) pixels per inch; None writes a file that claims no physical size. ``xmp`` is used by BigTIFF
-    only, whose metadata nothing can add later.
+    only, whose metadata nothing can add later. ``compression``, ``tiled`` and ``pyramid`` are a TIFF's; ``quality`` is
+    1 to 100 for JPEG and WebP, PSNR in dB for JPEG 2000, None for the best there is.
     """
 
     format: OutputFormat
@@ -46,19 +56,22 @@ class FileSpec:
     dpi: tuple[float, float] | None = None
     bigtiff: bool = False
     xmp: bytes = b""
+    compression: Compression = "deflate"
+    tiled: bool = False
+    pyramid: bool = False
+    quality: int | None = None
 
 
 def output_format(source_format: str, settings: Settings) -> OutputFormat:
     """Format of the output: as set, or the source's where that is one we write, else PNG (lossless)."""
     if settings.format != "source":
         return settings.format
-    formats: dict[str, OutputFormat] = {"tiff": "tiff", "png": "png", "jpeg": "jpeg"}
-    return formats.get(source_format, "png")
+    return next((known for known in EXTENSIONS if known == source_format), "png")
 
 
 def output_depth(source_depth: Literal[8, 16], file_format: OutputFormat, settings: Settings) -> Literal[8, 16]:
-    """Bits per sample of the output: as set or as the source's; a JPEG always has 8."""
-    return 8 if file_format == "jpeg" else settings.bit_depth or source_depth
+    """Bits per sample of the output: as set or as the source's; a JPEG and a WebP always have 8."""
+    return 8 if file_format in _EIGHT_BIT else settings.bit_depth or source_depth
 
 
 def needs_bigtiff(width: int, height: int, bands: int, bit_depth: int) -> bool:
@@ -78,7 +91,8 @@ def quantize(pixels: NDArray[np.float32], bit_depth: Literal[8, 16]) -> NDArray[
 def encode(pixels: FloatImage, alpha: NDArray[np.float32], path: Path, spec: FileSpec) -> None:
     """Write [h, w, 1 or 3] in [0, 1], with alpha [h, w] or none (size 0), to ``path``: the same bytes every time.
 
-    TIFF: deflate with horizontal predictor. PNG: lossless. JPEG: quality 95, color not subsampled, alpha left out.
+    TIFF: deflate and LZW with horizontal predictor. JPEG: quality 95 unless told, color not subsampled, alpha left out.
+    WebP has no grey: give it three bands. PNG, and unless told WebP and JPEG 2000, are lossless.
     Raises ImageError ``unsupported`` or ``encode-failed``.
     """
     encode_strips([np.dstack([pixels, alpha]) if alpha.size else pixels], pixels.shape[0], path, spec)
@@ -144,8 +158,13 @@ def _evened(strips: Iterable[NDArray[np.unsignedinteger[Any]]]) -> Iterator[NDAr
 
 def _save(image: pyvips.Image, path: Path, spec: FileSpec) -> None:
     width, height = image.width, image.height
-    if spec.format == "jpeg" and max(width, height) > _JPEG_LIMIT:
-        raise ImageError("unsupported", f"a JPEG cannot be {width} x {height} pixels; set output.format to tiff or png")
+    if max(width, height) > _LIMITS.get(spec.format, width + height):
+        raise ImageError(
+            "unsupported", f"a {spec.format} cannot be {width} x {height} pixels; set output.format to tiff or png"
+        )
+    if spec.format == "jpeg2000":
+        path.write_bytes(jpeg2000.encode(image.numpy(), spec.icc, spec.dpi, spec.quality))
+        return
     dpi = spec.dpi or (_UNCLAIMED_DPI, _UNCLAIMED_DPI)
     image = image.copy(xres=dpi[0] / 25.4, yres=dpi[1] / 25.4)
     if spec.icc is not None:
@@ -156,22 +175,66 @@ def _save(image: pyvips.Image, path: Path, spec: FileSpec) -> None:
         if spec.format == "tiff":
             image.tiffsave(
                 str(path),
-                compression="deflate",
-                predictor="horizontal",
+                compression=spec.compression,
+                predictor="none" if spec.compression == "none" else "horizontal",
+                tile=spec.tiled,
+                tile_width=_TILE,
+                tile_height=_TILE,
                 resunit="inch",
                 bigtiff=spec.bigtiff,
                 keep=_KEEP_ICC | _KEEP_XMP if spec.bigtiff else _KEEP_ICC,
             )
         elif spec.format == "png":
             image.pngsave(str(path), compression=6, keep=_KEEP_ICC)
+        elif spec.format == "webp":
+            lossless = spec.quality is None
+            image.webpsave(str(path), lossless=lossless, Q=spec.quality or 100, exact=lossless, keep=_KEEP_ICC)
         else:
-            image.jpegsave(str(path), Q=95, subsample_mode="off", optimize_coding=True, keep=_KEEP_ICC)
+            image.jpegsave(
+                str(path), Q=spec.quality or _JPEG_QUALITY, subsample_mode="off", optimize_coding=True, keep=_KEEP_ICC
+            )
     except pyvips.Error as error:
         raise ImageError("encode-failed", f"the {spec.format} cannot be written: {error}") from error
     if spec.format == "jpeg":
         _add_jfif(path, spec.dpi)
-    elif spec.dpi is None:
+    elif spec.dpi is None and spec.format != "webp":
         _unclaim_resolution(path, spec.format)
+
+
+def add_pyramid(path: Path, spec: FileSpec) -> None:
+    """Append ever smaller copies, halved by means, to a finished TIFF as further pages, as image servers want them.
+
+    After the metadata, because Exiv2 keeps the first page only.
+    """
+    whole = probe.open_vips(path, "tiff")
+    width, height, factor = whole.width, whole.height, 2
+    while max(width, height) > _TILE * factor // 2:
+        small = probe.open_vips(path, "tiff").shrink(factor, factor)
+        with tifffile.TiffWriter(path, append=True) as tif:
+            tif.write(
+                _tiles_of(small),
+                shape=(small.height, small.width, small.bands)[: 2 if small.bands == 1 else 3],
+                dtype=np.uint16 if spec.bit_depth == 16 else np.uint8,
+                tile=(_TILE, _TILE),
+                compression=spec.compression,
+                predictor=spec.compression != "none",
+                photometric="minisblack" if small.bands <= 2 else "rgb",
+                planarconfig="contig" if small.bands > 1 else None,
+                extrasamples=["unassalpha"] if small.bands in (2, 4) else None,
+                subfiletype=1,  # a reduced copy of another page
+                software=False,
+                metadata=None,
+            )
+        factor *= 2
+
+
+def _tiles_of(image: Any) -> Iterator[NDArray[np.unsignedinteger[Any]]]:
+    """The tiles of an image row by row, full size also at its edges."""
+    for top in range(0, image.height, _TILE):
+        rows = image.crop(0, top, image.width, min(_TILE, image.height - top)).numpy()
+        below, beside = _TILE - rows.shape[0], -image.width % _TILE
+        padded = np.pad(rows, [(0, below), (0, beside), (0, 0)][: rows.ndim], mode="edge")
+        yield from np.split(padded, padded.shape[1] // _TILE, axis=1)
 
 
 def check_file(path: Path, width: int, height: int, spec: FileSpec, bands: int, has_alpha: bool) -> None:
@@ -179,6 +242,9 @@ def check_file(path: Path, width: int, height: int, spec: FileSpec, bands: int, 
 
     ``bands`` counts color bands. Nothing else tells a full disk or a broken codec from a good file.
     """
+    if spec.format == "jpeg2000":
+        _check_jpeg2000(path, width, height, spec, bands + int(has_alpha))
+        return
     try:
         image = probe.open_vips(path, spec.format)
         image.avg()  # decodes every pixel, in constant memory
@@ -192,6 +258,17 @@ def check_file(path: Path, width: int, height: int, spec: FileSpec, bands: int, 
         raise ImageError("bad-output", f"the written file has (width, height, bands, type) {seen} instead of {meant}")
     if icc != spec.icc:
         raise ImageError("bad-output", "the written file does not hold the source's ICC profile byte for byte")
+
+
+def _check_jpeg2000(path: Path, width: int, height: int, spec: FileSpec, channels: int) -> None:
+    try:
+        found = jpeg2000.read_header(path)
+        jpeg2000.read_samples(path, found)
+    except ImageError as error:
+        raise ImageError("bad-output", f"the written file cannot be read back: {error}") from error
+    seen = (found.width, found.height, found.components, found.bits, found.icc == spec.icc)
+    if seen != (width, height, channels, spec.bit_depth, True):
+        raise ImageError("bad-output", f"the written file has {seen} instead of {(width, height, channels)}")
 
 
 def _add_jfif(path: Path, dpi: tuple[float, float] | None) -> None:

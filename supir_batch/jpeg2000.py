@@ -8,11 +8,12 @@ Sources: ISO/IEC 15444-1 (= ITU-T T.800), annex A (codestream) and annex I (JP2 
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import imagecodecs
 import numpy as np
@@ -27,6 +28,7 @@ JP2 = b"\x00\x00\x00\x0cjP  \r\n\x87\n"
 _XMP_BOX = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")
 _BOX_LIMIT = 64 * 2**20  # bytes of a box that is read into memory
 _BOXES = 10_000  # of a file
+_METRE = 0.0254  # of an inch
 _SRGB, _GREY = 16, 17  # enumerated color spaces (table I.10)
 
 
@@ -97,6 +99,66 @@ def read_samples(path: Path, header: Jpeg2000) -> Levels:
     return spread(levels, header.bits)
 
 
+def encode(levels: Levels, icc: bytes | None, dpi: tuple[float, float] | None, psnr: int | None) -> bytes:
+    """A JP2 file of [h, w, 1 to 4] uint8 or uint16; a second or fourth component is alpha. psnr in dB, None: lossless.
+
+    Raises ImageError ``encode-failed``.
+    """
+    levels = np.ascontiguousarray(levels.reshape(*levels.shape[:2], -1))
+    height, width, components = levels.shape
+    options: dict[str, Any] = {"level": 0, "reversible": True} if psnr is None else {"level": psnr, "reversible": False}
+    try:
+        plane = levels if components > 1 else levels[..., 0]
+        data = bytes(imagecodecs.jpeg2k_encode(plane, codecformat="j2k", mct=components >= 3, **options))
+    except (imagecodecs.Jpeg2kError, ValueError) as error:
+        raise ImageError("encode-failed", f"the JPEG 2000 cannot be written: {error}") from error
+    space = _GREY if components <= 2 else _SRGB
+    color = b"\x02\x00\x00" + icc if icc is not None else b"\x01\x00\x00" + struct.pack(">I", space)
+    header = _box(b"ihdr", struct.pack(">2IH4B", height, width, components, levels.itemsize * 8 - 1, 7, 0, 0))
+    header += _box(b"colr", color)
+    if components in (2, 4):
+        kinds = [(index, int(index == components - 1), (index + 1) % components) for index in range(components)]
+        header += _box(b"cdef", struct.pack(">H", components) + b"".join(struct.pack(">3H", *kind) for kind in kinds))
+    if dpi is not None:
+        down, across = (_per_metre(value) for value in (dpi[1], dpi[0]))
+        fields = struct.pack(">4H2b", down[0], 1, across[0], 1, down[1], across[1])
+        header += _box(b"res ", _box(b"resc", fields))
+    kind = _box(b"ftyp", b"jp2 " + bytes(4) + b"jp2 ")
+    return JP2 + kind + _box(b"jp2h", header) + _box(b"jp2c", data)
+
+
+def with_metadata(image: bytes, tagged: bytes, packet: bytes) -> bytes:
+    """The JP2 ``image`` with EXIF and IPTC of the JP2 ``tagged`` and this XMP packet, in front of its codestream."""
+    boxes = list(_contents(image))
+    tags = [body for kind, body in _contents(tagged) if kind == b"uuid" and body[:16] != _XMP_BOX]
+    return b"".join(
+        [_box(kind, body) for kind, body in boxes if kind != b"jp2c"]
+        + [_box(b"uuid", body) for body in (*tags, _XMP_BOX + packet)]
+        + [_box(kind, body) for kind, body in boxes if kind == b"jp2c"]
+    )
+
+
+def _contents(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    for kind, start, length in _boxes(io.BytesIO(data), 0, len(data)):
+        yield kind, data[start : start + length]
+
+
+def _box(kind: bytes, body: bytes) -> bytes:
+    if len(body) + 8 >= 2**32:
+        return struct.pack(">I4sQ", 1, kind, 16 + len(body)) + body
+    return struct.pack(">I4s", 8 + len(body), kind) + body
+
+
+def _per_metre(dpi: float) -> tuple[int, int]:
+    """Pixels per metre as a number below 2^16 and a power of ten."""
+    value, power = dpi / _METRE, 0
+    while value * 10 < 2**16 and power > -9:
+        value, power = value * 10, power - 1
+    while round(value) >= 2**16:
+        value, power = value / 10, power + 1
+    return round(value), power
+
+
 def _boxes(stream: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """Type, first byte of the contents, and their length, of the boxes in [start, end)."""
     at = start
@@ -149,9 +211,8 @@ def _resolution(stream: BinaryIO, start: int, length: int) -> tuple[float, float
         if kind in (b"resc", b"resd") and size == 10:
             down, by_down, across, by_across, power_down, power_across = struct.unpack(">4H2b", _read(stream, at, size))
             if by_down and by_across and down and across:
-                metre = 0.0254
                 y, x = down / by_down * 10.0**power_down, across / by_across * 10.0**power_across
-                said[kind] = (round(x * metre, 2), round(y * metre, 2))
+                said[kind] = (round(x * _METRE, 2), round(y * _METRE, 2))
     return said.get(b"resc", said.get(b"resd"))
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from supir_batch import store
 from supir_batch.types import FloatImage, GateScores, Job, TileBox, TileTicket
 
+PARTS_FOLDER = "_parts"  # below the output
+
 
 @dataclass(frozen=True)
 class Part:
@@ -33,7 +35,7 @@ class Part:
 
 def uri(job: Job, fingerprint: str, index: int) -> str:
     """Where the pixels of tile ``index`` of a cut image wait; what is known of it is in a JSON file beside them."""
-    return store.join(job.scratch_uri, fingerprint, f"{index:06d}.npy")
+    return store.join(job.output_root, PARTS_FOLDER, fingerprint, f"{index:06d}.npy")
 
 
 def keep(job: Job, fingerprint: str, part: Part, pixels: FloatImage) -> None:

@@ -17,13 +17,21 @@ from supir_batch import runlog, store
 from supir_batch.captions import CAPTIONS_FOLDER
 from supir_batch.errors import ManifestError, StoreError
 from supir_batch.manifest import IMAGE_EXTENSIONS, describe, list_sources
+from supir_batch.parts import PARTS_FOLDER
 from supir_batch.settings import Manifest, resolve, settings_hash
 from supir_batch.types import Failure, Job, ModelRef, Settings, Source
 
-SCRATCH_FOLDER = "_parts"
+IIIF_FOLDER = "_iiif"
+"""Where an output keeps what viewers want, below it."""
 
-_RESERVED = {runlog.RUNS_FOLDER, SCRATCH_FOLDER, CAPTIONS_FOLDER}
-_EXTENSIONS = {"tiff": (".tif", ".tiff"), "png": (".png",), "jpeg": (".jpg", ".jpeg")}
+_RESERVED = {runlog.RUNS_FOLDER, PARTS_FOLDER, CAPTIONS_FOLDER, IIIF_FOLDER}
+_EXTENSIONS = {
+    "tiff": (".tif", ".tiff"),
+    "png": (".png",),
+    "jpeg": (".jpg", ".jpeg"),
+    "webp": (".webp",),
+    "jpeg2000": (".jp2", ".jpx", ".j2k"),
+}
 _MAX_PROBLEMS = 20
 
 
@@ -160,12 +168,12 @@ def _job(manifest: Manifest, source: Source, settings: Settings) -> Job:
         settings=settings,
         settings_sha256=settings_hash(settings),
         output_stem=stem,
-        scratch_uri=store.join(manifest.output.uri, SCRATCH_FOLDER),
+        output_root=manifest.output.uri,
         model=ModelRef(manifest.engine.weights, manifest.engine.config, settings.precision or "float32")
         if settings.engine == "supir"
         else None,
-        captions_uri=store.join(manifest.output.uri, CAPTIONS_FOLDER),
         captioner=(manifest.caption.model or "") if settings.captioner else "",
+        sidecars=manifest.output.sidecars,
     )
 
 

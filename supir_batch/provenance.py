@@ -21,6 +21,17 @@ SOURCE_TYPE_BASE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 GENERATIVE_SOURCE_TYPE = SOURCE_TYPE_BASE + "compositeWithTrainedAlgorithmicMedia"
 ENHANCED_SOURCE_TYPE = SOURCE_TYPE_BASE + "algorithmicallyEnhanced"
 
+MEDIA_TYPES = {
+    "tiff": "image/tiff",
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "jpeg2000": "image/jp2",
+    "webp": "image/webp",
+    "avif": "image/avif",
+    "heif": "image/heif",
+}
+"""Registered media type of each image format, by the name that the readers and writers give it."""
+
 _HISTORY_LIMIT = 1000  # bytes of JSON in one xmpMM:History entry
 
 # identifiers are name-based UUIDs (RFC 9562, version 5) in a space of our own, so that they do not vary between runs

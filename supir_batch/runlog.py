@@ -67,9 +67,11 @@ SCHEMA = pa.schema(
         ("failure_message", pa.string()),
         ("failure_retryable", pa.bool_()),
         ("output_uri", pa.string()),
+        ("output_path", pa.string()),
         ("output_sha256", pa.string()),
         ("output_bytes", pa.int64()),
         ("record_sha256", pa.string()),
+        ("premis_sha256", pa.string()),
         ("source_width", pa.int64()),
         ("source_height", pa.int64()),
         ("output_width", pa.int64()),
@@ -131,9 +133,11 @@ def to_row(outcome: Outcome, run_id: str) -> dict[str, Any]:
         "status": outcome.status,
         "recovered": ticket.recovered,
         "output_uri": outcome.output_uri or None,
+        "output_path": store.relative_to(outcome.output_uri, job.output_root) if outcome.output_uri else None,
         "output_sha256": outcome.output_sha256 or None,
         "output_bytes": outcome.output_bytes if outcome.output_uri else None,
         "record_sha256": outcome.record_sha256 or None,
+        "premis_sha256": outcome.premis_sha256 or None,
         "tiles": ticket.box.count if ticket.box else None,
         "caption": ticket.caption or None,
         "prompt": ticket.prompt or None,
@@ -266,6 +270,13 @@ def done_index(table: pa.Table) -> dict[DoneKey, Done]:
             key = DoneKey(*(row[field] for field in DoneKey._fields))
             latest[row["output_uri"]] = key, Done(*(row[field] for field in Done._fields))
     return dict(latest.values())
+
+
+def newest_done(table: pa.Table) -> dict[str, dict[str, Any]]:
+    """The newest row that says ``done`` of each output that was ever made, by its path below the output, sorted."""
+    newest = {row["output_path"]: row for row in _iterate(table, table.column_names) if row["status"] == "done"}
+    newest.pop(None, None)  # an image that was only captioned has no output
+    return dict(sorted(newest.items()))
 
 
 def last_attempts(table: pa.Table) -> dict[str, dict[str, Any]]:

@@ -33,7 +33,7 @@ from pydantic import (
 
 from supir_batch import model_folder, store
 from supir_batch.errors import ManifestError
-from supir_batch.types import GateLimits, Settings, Source
+from supir_batch.types import Compression, GateLimits, Settings, Sidecar, Source
 from supir_model.config import (
     MODELS,
     TINY,
@@ -61,17 +61,53 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _one_or_many(value: object) -> object:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
 class Output(_Section):
     """Where restored images go and in which form."""
 
     uri: str = Field(min_length=1, description="Folder or prefix for outputs and run log; a path or an fsspec URI.")
-    format: Literal["source", "tiff", "png", "jpeg"] = Field(
-        default="source", description="File format; source: as the input."
+    format: Literal["source", "tiff", "png", "jpeg", "webp", "jpeg2000"] = Field(
+        default="source", description="File format; source: as the input, or PNG where that is not written."
     )
     bit_depth: Literal["source", 8, 16] = Field(default="source", description="Bits per channel; source: as the input.")
+    compression: Compression = Field(default="deflate", description="Of a TIFF; all are lossless.")
+    tiled: bool = Field(default=False, description="A TIFF in tiles of 256 pixels instead of strips.")
+    pyramid: bool = Field(
+        default=False, description="A tiled TIFF with reduced copies of itself, as IIIF image servers want it."
+    )
+    quality: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="JPEG and WebP: 1 to 100; JPEG 2000: PSNR in dB. Left out: 95 for JPEG, lossless for the others.",
+    )
     naming: str = Field(
         default="{stem}", description="Output name, no extension; may use {stem} {id} {engine} {upscale}."
     )
+    sidecars: Annotated[tuple[Sidecar, ...], BeforeValidator(_one_or_many)] = Field(
+        default=("json", "premis"),
+        description="What lies beside each output: json, the record, always; premis: the same as PREMIS 3 XML.",
+    )
+
+    @field_validator("sidecars")
+    @classmethod
+    def _holds_the_record(cls, sidecars: tuple[Sidecar, ...]) -> tuple[Sidecar, ...]:
+        if "json" not in sidecars or len(set(sidecars)) != len(sidecars):
+            raise ValueError("must name json, by which a run knows what is done, and nothing twice: [json, premis]")
+        return sidecars
+
+    @model_validator(mode="after")
+    def _format_can_hold_it(self) -> Output:
+        if self.format in ("jpeg", "webp") and self.bit_depth == 16:
+            raise ValueError(f"format '{self.format}' holds 8 bits per channel; remove bit_depth or use tiff")
+        if self.format in ("tiff", "png") and self.quality is not None:
+            raise ValueError(f"format '{self.format}' is lossless; remove quality")
+        return self
 
     @field_validator("naming")
     @classmethod
@@ -329,12 +365,6 @@ class Runtime(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA where a worker has it, else CPU."
     )
-
-
-def _one_or_many(value: object) -> object:
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
 
 
 class Manifest(_Section):
@@ -712,6 +742,10 @@ def resolve(
         seed=source.seed if generative else None,
         format=manifest.output.format,
         bit_depth=None if manifest.output.bit_depth == "source" else manifest.output.bit_depth,
+        compression=manifest.output.compression,
+        tiled=manifest.output.tiled or manifest.output.pyramid,
+        pyramid=manifest.output.pyramid,
+        quality=manifest.output.quality,
         **{f"gate_{key}": value for key, value in dataclasses.asdict(_gate(manifest)).items()},
         notice=manifest.provenance.notice,
         operator=manifest.provenance.operator,

@@ -15,8 +15,10 @@ from supir_model.config import ModelConfig, Precision, SamplerName, VAETilingMod
 
 FloatImage = NDArray[np.float32]  # [H, W, C], values in [0, 1]
 
-OutputFormat = Literal["tiff", "png", "jpeg"]
+OutputFormat = Literal["tiff", "png", "jpeg", "webp", "jpeg2000"]
+Compression = Literal["deflate", "lzw", "none"]
 Status = Literal["done", "failed"]
+Sidecar = Literal["json", "premis"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,10 @@ class Settings:
     seed: int | None  # None: from the source's hash
     format: OutputFormat | Literal["source"]
     bit_depth: Literal[8, 16] | None  # None: as the source
+    compression: Compression  # of a TIFF; so are the next two
+    tiled: bool
+    pyramid: bool
+    quality: int | None  # None: as good as the format can
     gate_color_drift: float
     gate_similarity: float
     gate_dead: float
@@ -160,10 +166,10 @@ class Job:
     settings: Settings
     settings_sha256: str
     output_stem: str
-    scratch_uri: str  # where parts of a cut image wait for assembly
+    output_root: str  # the output folder of the run
     model: ModelRef | None = None  # None: the engine has none
-    captions_uri: str = ""  # where captions are kept
     captioner: str = ""
+    sidecars: tuple[Sidecar, ...] = ("json",)  # what is written beside the output; no part of what the image looks like
 
 
 @dataclass(frozen=True)
@@ -265,3 +271,4 @@ class Outcome:
     output_bytes: int = 0
     finished_at: str = ""  # UTC, ISO 8601
     record_sha256: str = ""  # of the JSON beside the output
+    premis_sha256: str = ""  # of the PREMIS XML beside the output; "" if none was written

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from supir_batch import commit, metadata, probe, provenance, runlog, store, tiles
+from supir_batch import checksums, commit, metadata, probe, provenance, runlog, store, tiles
 from supir_batch.captions import CAPTIONS_FOLDER
 from supir_batch.errors import ImageError, ManifestError
-from supir_batch.plan import SCRATCH_FOLDER
+from supir_batch.parts import PARTS_FOLDER
+from supir_batch.plan import IIIF_FOLDER
 
-_OWN_FOLDERS = (runlog.RUNS_FOLDER, CAPTIONS_FOLDER, SCRATCH_FOLDER, "report")
+_OWN_FOLDERS = (runlog.RUNS_FOLDER, CAPTIONS_FOLDER, PARTS_FOLDER, IIIF_FOLDER, "report")
 
 
 class Problem(NamedTuple):
@@ -39,10 +40,19 @@ def verify(output_uri: str) -> Iterator[Checked]:
     Of each image the newest row that says ``done`` counts. Raises ManifestError if there is no log, StoreError if the
     output cannot be read.
     """
-    expected = _expected(output_uri)
-    for uri, row in expected.items():
-        yield Checked(uri, tuple(_image(uri, row)) + tuple(_record(uri, row)))
-    known = {*expected, *(commit.record_uri(uri) for uri in expected)}
+    table = runlog.read_log(output_uri)
+    if table.num_rows == 0:
+        raise ManifestError(f"{output_uri}: holds no run log; give the output folder of a run, or its manifest")
+    rows = runlog.newest_done(table)
+    listed = store.join(output_uri, checksums.FILE_NAME)
+    known = {listed}
+    for path, row in rows.items():
+        uri = store.join(output_uri, path)  # where it lies now: the whole folder may have been moved since
+        sidecars = {store.join(output_uri, name): digest for name, digest in checksums.sidecars(row).items()}
+        known |= {uri, *sidecars}
+        yield Checked(uri, (*_image(uri, row), *_beside(sidecars)))
+    if store.exists(listed):
+        yield Checked(listed, tuple(_list(listed, checksums.text(rows.values()))))
     folders = tuple(store.join(output_uri, folder) + "/" for folder in _OWN_FOLDERS)
     for found in store.list_tree(output_uri):
         if found.uri in known or (found.uri.startswith(folders) and not store.is_partial(found.uri)):
@@ -54,15 +64,6 @@ def verify(output_uri: str) -> Iterator[Checked]:
         else:
             problem = Problem(found.uri, "foreign", "the log does not know this file; run again, or move it away")
         yield Checked(found.uri, (problem,))
-
-
-def _expected(output_uri: str) -> dict[str, dict[str, Any]]:
-    """The newest row of each output, by its URI."""
-    table = runlog.read_log(output_uri)
-    if table.num_rows == 0:
-        raise ManifestError(f"{output_uri}: holds no run log; give the output folder of a run, or its manifest")
-    newest = {row["output_uri"]: row for row in table.to_pylist() if row["status"] == "done"}
-    return dict(sorted(newest.items()))
 
 
 def _image(uri: str, row: dict[str, Any]) -> Iterator[Problem]:
@@ -104,11 +105,16 @@ def _marks(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _record(uri: str, row: dict[str, Any]) -> Iterator[Problem]:
-    record_uri = commit.record_uri(uri)
-    if not store.exists(record_uri):
-        yield Problem(record_uri, "missing", "the record of an image that is done; run again")
-        return
-    digest = store.sha256(record_uri)
-    if digest != row["record_sha256"]:
-        yield Problem(record_uri, "changed", f"its SHA-256 is {digest}, the log says {row['record_sha256']}")
+def _list(uri: str, wanted: str) -> Iterator[Problem]:
+    if store.read_bytes(uri) != wanted.encode():
+        yield Problem(uri, "changed", "its hashes are not those of the log; run again, which writes it anew")
+
+
+def _beside(sidecars: dict[str, str]) -> Iterator[Problem]:
+    for sidecar, logged in sidecars.items():
+        if not store.exists(sidecar):
+            yield Problem(sidecar, "missing", "it belongs beside an image that is done; bring it back from a copy")
+            continue
+        digest = store.sha256(sidecar)
+        if digest != logged:
+            yield Problem(sidecar, "changed", f"its SHA-256 is {digest}, the log says {logged}")

@@ -44,7 +44,14 @@ def _failed(ticket: TileTicket, failure: Failure) -> Outcome:
 
 def _done(ticket: TileTicket, output: Committed) -> Outcome:
     return Outcome(
-        ticket, "done", output.uri, output.sha256, output.size, output.finished_at, record_sha256=output.record_sha256
+        ticket,
+        "done",
+        output.uri,
+        output.sha256,
+        output.size,
+        output.finished_at,
+        output.record_sha256,
+        output.premis_sha256,
     )
 
 
@@ -119,6 +126,9 @@ def _finish(
     file_format = encode.output_format(facts.format, settings)
     bit_depth = encode.output_depth(facts.bit_depth, file_format, settings)
     notes = []
+    if facts.bands == 1 and file_format == "webp":
+        facts = dataclasses.replace(facts, bands=3, icc=None)
+        notes.append("a WebP has no grey; it is sRGB with three equal channels")
     if facts.has_alpha and file_format == "jpeg":
         notes.append("transparency was left out, as a JPEG has none")
     if bit_depth < facts.bit_depth:
@@ -127,8 +137,19 @@ def _finish(
     source_metadata = metadata.SourceMetadata.from_bytes(ticket.source_metadata)
     bands = facts.bands + int(facts.has_alpha)
     big = file_format == "tiff" and encode.needs_bigtiff(facts.output_width, facts.output_height, bands, bit_depth)
-    packet, packet_notes = metadata.build_xmp(source_metadata, record) if big else (b"", ())
-    spec = encode.FileSpec(file_format, bit_depth, facts.icc, record.dpi, bigtiff=big, xmp=packet)
+    packet, packet_notes = metadata.build_xmp(source_metadata, record, bigtiff=True) if big else (b"", ())
+    spec = encode.FileSpec(
+        file_format,
+        bit_depth,
+        facts.icc,
+        record.dpi,
+        bigtiff=big,
+        xmp=packet,
+        compression=settings.compression,
+        tiled=settings.tiled,
+        pyramid=settings.pyramid,
+        quality=settings.quality,
+    )
 
     output = commit.output_uri(job, facts.format)
     with tempfile.TemporaryDirectory(prefix="supir-batch-") as folder:
@@ -138,16 +159,15 @@ def _finish(
             ticket = dataclasses.replace(ticket, scores=dataclasses.replace(ticket.scores, seam=working.seam))
             if wrong := _complaints(ticket):
                 return _failed(ticket, failure_of("write", job.source, _refusal(wrong)))
-        if big:
-            written = (*packet_notes, "a BigTIFF can hold XMP but not the source's EXIF and IPTC")
-        else:
-            written = metadata.write_metadata(path, source_metadata, record)
+        written = packet_notes if big else metadata.write_metadata(path, source_metadata, record)
+        if spec.format == "tiff" and spec.pyramid:
+            encode.add_pyramid(path, spec)
         encode.check_file(path, facts.output_width, facts.output_height, spec, facts.bands, facts.has_alpha)
         result = Committed(output, commit.file_sha256(path), path.stat().st_size, _now())
         told = dataclasses.replace(facts, notes=(*record.notes, *written))
         finished = watch.record(dataclasses.replace(ticket, facts=told))
-        digest = commit.commit(output, path, _sidecar(finished, record, result))
-    return _done(finished, dataclasses.replace(result, record_sha256=digest))
+        result = commit.commit(result, path, _sidecar(finished, record, result), job.sidecars)
+    return _done(finished, result)
 
 
 def _of_image(ticket: TileTicket, facts: ImageFacts, found: Sequence[Part]) -> TileTicket:
@@ -205,14 +225,18 @@ def _at_output_size(working: Iterable[FloatImage], facts: ImageFacts, settings: 
 
 def _sidecar(ticket: TileTicket, record: provenance.ProvenanceRecord, output: Committed) -> dict[str, object]:
     """The JSON beside the output: the record, the output's identity, and what varies from run to run."""
+    source = ticket.job.source
     return {
         **provenance.to_json(record),
         "notes": list(ticket.facts.notes) if ticket.facts is not None else [],
         "gate": None if ticket.scores is None else dataclasses.asdict(ticket.scores) | {"restored_again": ticket.again},
         "output": {"name": store.name(output.uri), "sha256": output.sha256, "bytes": output.size},
         "run": {
+            "started_at": ticket.started_at,
             "finished_at": output.finished_at,
-            "source_uri": ticket.job.source.uri,
+            "source_uri": source.uri,
+            "source_bytes": source.size,
+            "source_sha256_given": source.sha256 is not None,
             "stages": [dataclasses.asdict(stage) for stage in ticket.records],
         },
     }

@@ -6,18 +6,14 @@ holds text that strangers wrote (file names, captions, metadata), so the templat
 
 from __future__ import annotations
 
-import io
 import posixpath
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
-import numpy as np
-from PIL import Image
 
-from supir_batch import __version__, decode, resample, runlog, store
+from supir_batch import __version__, pictures, resample, runlog, store
 from supir_batch.errors import ImageError, StoreError
-from supir_batch.types import FloatImage
 
 PREVIEW_SIZE = 1000
 """Longer side of the pictures in the page, in pixels."""
@@ -88,11 +84,11 @@ def _card(output_uri: str, row: dict[str, Any]) -> _Card:
     before, after = f"images/{stem}-before.jpg", f"images/{stem}-after.jpg"
     size, problem = (0, 0), ""
     try:
-        restored = _picture(row["output_uri"])
-        original = resample.resize(_picture(row["uri"]), restored.shape[1], restored.shape[0])
+        restored = pictures.picture(row["output_uri"], PREVIEW_SIZE)
+        original = resample.resize(pictures.picture(row["uri"], PREVIEW_SIZE), restored.shape[1], restored.shape[0])
         size = (restored.shape[1], restored.shape[0])
-        store.write_atomic(store.join(output_uri, "report", before), _jpeg(original))
-        store.write_atomic(store.join(output_uri, "report", after), _jpeg(restored))
+        store.write_atomic(store.join(output_uri, "report", before), pictures.jpeg(original))
+        store.write_atomic(store.join(output_uri, "report", after), pictures.jpeg(restored))
     except (ImageError, StoreError) as error:
         problem = str(error)
     return _Card(
@@ -137,21 +133,6 @@ def _failure(row: dict[str, Any]) -> _FailureLine:
         message=str(row["failure_message"] or "the log holds no reason"),
         retryable=bool(row["failure_retryable"]),
     )
-
-
-def _picture(uri: str) -> FloatImage:
-    """The image reduced to preview size; where it is transparent, white shows."""
-    with store.local_copy(uri) as path:
-        pixels, alpha = decode.read_srgb(path)
-    if alpha.size:
-        pixels = pixels * alpha[..., None] + (1 - alpha[..., None])
-    return resample.reduce_to(pixels, PREVIEW_SIZE)
-
-
-def _jpeg(pixels: FloatImage) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.rint(pixels * 255).astype(np.uint8)).save(buffer, "JPEG", quality=88, subsampling=0)
-    return buffer.getvalue()
 
 
 def _shown(value: object) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from supir_batch.decode import decode
 from supir_batch.settings import settings_hash
-from supir_batch.types import FloatImage, Job, Outcome, Settings, Source
+from supir_batch.types import FloatImage, Job, Outcome, Settings, Sidecar, Source
 from supir_batch.write import write
 
 NOTICE = "AI-assisted reconstruction; details may not be in the original"
@@ -62,6 +62,10 @@ PLAIN = Settings(
     seed=None,
     format="source",
     bit_depth=None,
+    compression="deflate",
+    tiled=False,
+    pyramid=False,
+    quality=None,
     gate_color_drift=5.0,
     gate_similarity=0.6,
     gate_dead=0.05,
@@ -80,12 +84,20 @@ Restore = Callable[..., Outcome]
 def make_job(tmp_path: Path) -> MakeJob:
     """A job for a file; keywords replace settings, ``sha256`` is the source's."""
 
-    def make(path: Path, *, sha256: str | None = None, folder: str = "out", **settings: object) -> Job:
+    def make(
+        path: Path,
+        *,
+        sha256: str | None = None,
+        folder: str = "out",
+        sidecars: tuple[Sidecar, ...] = ("json",),
+        **settings: object,
+    ) -> Job:
         chosen = dataclasses.replace(PLAIN, **settings)
         size = path.stat().st_size if path.exists() else 0
         source = Source(path.name, str(path), "list.csv:2", path.name, "v1", size, sha256=sha256)
         output = tmp_path / folder
-        return Job(source, chosen, settings_hash(chosen), str(output / path.stem), str(output / "_parts"))
+        stem = str(output / path.stem)
+        return Job(source, chosen, settings_hash(chosen), stem, str(output), sidecars=sidecars)
 
     return make
 

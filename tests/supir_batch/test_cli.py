@@ -40,7 +40,7 @@ OnRow = Callable[[dict[str, Any]], None]
 def finish(job: Job, run_id: str) -> dict[str, Any]:
     uri = f"{job.output_stem}.tif"
     store.write_atomic(uri, b"restored")
-    return runlog.to_row(Outcome(TileTicket(job=job), "done", uri, finished_at="2026-01-01T00:00:00"), run_id)
+    return runlog.to_row(Outcome(TileTicket(job=job), "done", uri, "ab" * 32, 8, "2026-01-01T00:00:00"), run_id)
 
 
 def with_pipeline(monkeypatch: pytest.MonkeyPatch, work: Callable[[Sequence[Job], OnRow, str], None]) -> None:
@@ -115,6 +115,9 @@ def test_run_then_run_again(archive: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert result.exit_code == 0, result.stderr
     assert "done     2\n" in result.stdout
     assert f"next     supir-batch report {archive}/out" in result.stdout
+    listed = (archive / "out" / "checksum.sha256").read_text().splitlines()
+    assert [line.split("  ")[1] for line in listed] == sorted(line.split("  ")[1] for line in listed)
+    assert sum(not line.endswith((".json", ".xml")) for line in listed) == 2
     copied = next((archive / "out" / "_runs").glob("*/manifest.yaml")).read_text()
     assert copied.startswith(f"# supir-batch {__version__} ran m.yaml\n# engine.upscale = 2.0 (flag)\ninputs: in\n")
 
@@ -167,6 +170,22 @@ def test_what_stops_the_stream_exits_4_with_the_log_written(
     assert "done     1\n" in result.stdout
     assert "left     1\n" in result.stdout
     assert runlog.read_log(str(archive / "out")).num_rows == 1
+
+
+def test_a_list_of_hashes_that_cannot_be_written_is_an_unfinished_run(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(output_uri: str) -> None:
+        raise TransientStoreError(f"{output_uri}/checksum.sha256: cannot write it: slow down")
+
+    with_pipeline(monkeypatch, all_done)
+    with monkeypatch.context() as patch:
+        patch.setattr("supir_batch.checksums.renew", refuse)
+        result = cli("run", str(archive / "m.yaml"))
+    assert (result.exit_code, "checksum.sha256: cannot write it" in result.stderr) == (4, True)
+    assert not (archive / "out" / "checksum.sha256").exists()
+    assert cli("run", str(archive / "m.yaml")).exit_code == 0
+    assert (archive / "out" / "checksum.sha256").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -23,6 +23,7 @@ from supir_batch.types import Outcome
 
 GREY_ICC = bytes(imagecodecs.cms_profile("gray", gamma=2.2))
 RGB_ICC = bytes(imagecodecs.cms_profile("adobergb"))
+XMP_BOX = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"/></x:xmpmeta>'
 
 
@@ -91,15 +92,48 @@ def test_a_master_is_restored_in_kind(
     levels = rng.integers(0, 65535, (40, 50), np.uint16)
     path = tmp_path / "a.jp2"
     resolution = box(b"res ", box(b"resc", struct.pack(">4H2b", 11811, 1, 11811, 1, 0, 0)))
-    xmp = box(b"uuid", bytes.fromhex("be7acfcb97a942e89c71999491e3afac") + XMP)
+    xmp = box(b"uuid", XMP_BOX + XMP)
     path.write_bytes(jp2(codestream(levels), icc_box(GREY_ICC), resolution, after=xmp))
     assert probe(path).dpi == (300.0, 300.0)
     assert metadata.read_metadata(path).xmp == XMP
     outcome = restore(path)
     assert outcome.status == "done", outcome.ticket.failure
-    with Image.open(outcome.output_uri) as image:
-        np.testing.assert_array_equal(np.asarray(image), levels)
-        assert image.info["icc_profile"] == GREY_ICC
+    output = Path(outcome.output_uri)
+    assert output.name == "a.jp2"
+    np.testing.assert_array_equal(samples(output)[..., 0], levels)
+    assert jpeg2000.read_header(output).icc == GREY_ICC
+    assert probe(output).dpi == (300.0, 300.0)
+    assert "supirBatch:Fingerprint" in metadata.read_claims(output)
+    with Image.open(output) as image:
+        assert image.size == (50, 40)
+
+
+@pytest.mark.parametrize("bands", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_what_is_written_is_read_back(tmp_path: Path, rng: np.random.Generator, bands: int, dtype: Any) -> None:
+    levels = rng.integers(0, np.iinfo(dtype).max, (20, 30, bands), dtype, endpoint=True)
+    icc = GREY_ICC if bands <= 2 else RGB_ICC
+    path = tmp_path / "a.jp2"
+    data = jpeg2000.encode(levels, icc, (72.5, 4800.0), None)
+    tagged = jp2(
+        codestream(levels[:8, :8]), after=box(b"uuid", b"an EXIF box, say") + box(b"uuid", XMP_BOX + b"<old/>")
+    )
+    path.write_bytes(jpeg2000.with_metadata(data, tagged, XMP))
+    np.testing.assert_array_equal(samples(path), levels)
+    header = jpeg2000.read_header(path)
+    assert (header.icc, header.xmp, header.has_alpha) == (icc, XMP, bands in (2, 4))
+    assert header.dpi == pytest.approx((72.5, 4800.0), rel=1e-4)
+    assert (path.read_bytes().count(b"<old/>"), path.read_bytes().count(b"an EXIF box, say")) == (0, 1)
+
+
+def test_lossy_is_smaller_and_near(tmp_path: Path) -> None:
+    levels = np.tile(np.linspace(0, 64000, 256).astype(np.uint16)[None, :, None], (256, 1, 3))
+    levels += np.random.default_rng(0).integers(0, 999, levels.shape, np.uint16)
+    path = tmp_path / "a.jp2"
+    whole, lossy = (jpeg2000.encode(levels, None, None, psnr) for psnr in (None, 40))
+    assert len(lossy) < len(whole) / 4
+    path.write_bytes(lossy)
+    assert np.abs(samples(path).astype(float) - levels).mean() / 65535 < 0.02
 
 
 @pytest.mark.parametrize(

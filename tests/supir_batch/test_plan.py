@@ -77,7 +77,7 @@ def test_first_everything_is_new_and_nothing_is_written(archive: Archive) -> Non
         str(archive.output / "a"),
         str(archive.output / "box" / "b"),
     ]
-    assert plan.todo[0].job.scratch_uri == str(archive.output / "_parts")
+    assert plan.todo[0].job.output_root == str(archive.output)
     assert plan.todo[0].job.settings.model_sha256 == "model"
     assert not archive.output.exists()
 

@@ -40,7 +40,7 @@ def outcome(
     manifest = Manifest.model_validate({"inputs": "/in", "output": {"uri": output}, "engine": {"steps": steps}})
     settings = resolve(manifest, source, "model")
     stem = store.join(output, id.removesuffix(".tif"))
-    job = Job(source, settings, settings_hash(settings), stem, store.join(output, "_parts"))
+    job = Job(source, settings, settings_hash(settings), stem, output)
     facts = ImageFacts(
         sha256="5" * 64, format="tiff", width=30, height=20, bands=3, bit_depth=16, has_alpha=False, orientation=6,
         icc=b"icc", dpi=None, output_width=60, output_height=40, work_width=60, work_height=40, notes=("x", "y"),

@@ -367,11 +367,23 @@ def test_the_hash_stays_what_it_was() -> None:
         captioner="", captioner_identity="", caption_question="", caption_template="",
         caption_max_new_tokens=0, caption_temperature=0.0, caption_top_p=0.0, caption_precision="",
         caption_quantization="", material="",
-        run_seed=0, seed=None, format="source", bit_depth=None,
-        gate_color_drift=5.0, gate_similarity=0.85, gate_dead=0.02, gate_seam=0.05,
+        run_seed=0, seed=None, format="source", bit_depth=None, compression="deflate", tiled=False, pyramid=False,
+        quality=None, gate_color_drift=5.0, gate_similarity=0.85, gate_dead=0.02, gate_seam=0.05,
         notice="n", operator=None, organization=None, accepted_license=None,
     )  # fmt: skip
-    assert settings_hash(fixed) == "8b1514aa9b1dd4be690e6ca6972f6a66be50fa4f7ffd77f7037342f32b509dd9"
+    assert settings_hash(fixed) == "ef297b5b8810955924b74c248583f9152e29fd004c04ce2b16b3e5c889d400a1"
+
+
+def test_sidecars_are_known_always_hold_the_record_and_make_no_new_work(tmp_path: Path) -> None:
+    plain = load(tmp_path, MINIMAL)
+    assert plain.output.sidecars == ("json", "premis")
+    alone = load(tmp_path, MINIMAL, {"output.sidecars": "json"})
+    assert alone.output.sidecars == ("json",)
+    assert resolve(plain, SOURCE, "hash") == resolve(alone, SOURCE, "hash")
+    refused = {"premis": "must name json", "[json, json]": "nothing twice", "[json, xmp]": "'premis'"}
+    for wrong, message in refused.items():
+        with pytest.raises(ManifestError, match=message):
+            load(tmp_path, MINIMAL, {"output.sidecars": wrong})
 
 
 def test_fingerprint_depends_on_both() -> None:

@@ -28,7 +28,8 @@ def output(tmp_path: Path, restore: Restore, rng: np.random.Generator) -> Path:
     with RunLog(str(tmp_path / "out"), "run") as log:
         for name in FORMATS:
             Image.fromarray(rng.integers(0, 255, (60, 80, 3), np.uint8)).save(tmp_path / name, dpi=(300, 300))
-            outcome = restore(tmp_path / name, upscale=1.5, engine="supir", engine_name="SUPIR", prompt="a fair")
+            options = {"upscale": 1.5, "engine": "supir", "engine_name": "SUPIR", "sidecars": ("json", "premis")}
+            outcome = restore(tmp_path / name, prompt="a fair", **options)
             assert outcome.status == "done", outcome.ticket.failure
             log.append(runlog.to_row(outcome, "run"))
     out = tmp_path / "out"
@@ -90,11 +91,31 @@ def test_missing_foreign_and_unfinished_files_are_named(output: Path) -> None:
     ]
 
 
+def test_an_output_that_was_moved_is_still_sound(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output.rename(output.parent / "elsewhere")
+    monkeypatch.chdir(output.parent)
+    result = CliRunner().invoke(app, ["verify", "elsewhere"])
+    assert (result.exit_code, result.stdout) == (0, "3 files verified, 0 problems\n")
+
+
 def test_a_changed_record_is_named(output: Path) -> None:
     record = json.loads((output / "c.tif.json").read_text())
     record["prompt"] = "another"
     (output / "c.tif.json").write_text(json.dumps(record))
     assert problems(output) == [("c.tif.json", "changed")]
+
+
+def test_premis_sidecars_count(output: Path) -> None:
+    (output / "a.png.premis.xml").unlink()
+    changed = bytearray((output / "b.jpg.premis.xml").read_bytes())
+    changed[700] ^= 1
+    (output / "b.jpg.premis.xml").write_bytes(changed)
+    (output / "d.png.premis.xml").write_text("<premis/>")
+    assert problems(output) == [
+        ("a.png.premis.xml", "missing"),
+        ("b.jpg.premis.xml", "changed"),
+        ("d.png.premis.xml", "foreign"),
+    ]
 
 
 def test_another_size_is_named(output: Path) -> None:

@@ -13,7 +13,9 @@ import tifffile
 from PIL import Image
 
 from supir_batch import commit, parts, store
-from supir_batch.decode import DecodedTile, decode
+from supir_batch.decode import DecodedTile, decode, read_srgb
+from supir_batch.metadata import read_claims
+from supir_batch.probe import probe
 from supir_batch.types import Failure, FloatImage, Job, Outcome
 from supir_batch.write import write
 
@@ -327,7 +329,7 @@ def test_an_unexpected_error_is_a_failed_outcome(
 def test_parts_are_keyed_by_fingerprint(tmp_path: Path, make_job: MakeJob) -> None:
     job = make_job(tmp_path / "a.png")
     assert parts.uri(job, "f1", 0) != parts.uri(job, "f2", 0)
-    assert parts.uri(dataclasses.replace(job, scratch_uri="memory://x"), "f", 1) == "memory://x/f/000001.npy"
+    assert parts.uri(dataclasses.replace(job, output_root="memory://x"), "f", 1) == "memory://x/_parts/f/000001.npy"
 
 
 @pytest.mark.parametrize("tiled", [False, True])
@@ -358,3 +360,53 @@ def test_colors_outside_of_srgb_are_enlarged_with_the_picture(
     assert enlarged.shape == (128, 128, 3)
     assert enlarged[:, 72:, 1].min() > 65400
     assert enlarged[:, 72:, [0, 2]].max() < 140
+
+
+@pytest.mark.parametrize("target", ["tiff", "png", "jpeg", "webp", "jpeg2000"])
+@pytest.mark.parametrize("bands", [1, 3])
+def test_every_format_holds_pixels_resolution_and_what_it_is(
+    target: str, bands: int, tmp_path: Path, restore: Restore, rng: np.random.Generator
+) -> None:
+    levels = rng.integers(0, 256, (40, 60, bands), np.uint8)
+    source = tmp_path / "a.tif"
+    tifffile.imwrite(source, levels.squeeze(), resolution=(300, 300), resolutionunit="INCH", metadata=None)
+    outcome = restore(source, format=target)
+    assert outcome.status == "done", outcome.ticket.failure
+    output = Path(outcome.output_uri)
+    header = probe(output)
+    kept = 3 if target == "webp" else bands
+    assert (header.format, header.width, header.height, header.bands) == (target, 60, 40, kept)
+    assert header.dpi == ((300.0, 300.0) if target != "webp" else None)
+    seen = np.rint(read_srgb(output)[0] * 255)
+    assert np.abs(seen - np.broadcast_to(levels, (40, 60, 3))).max() <= (60 if target == "jpeg" else 0)
+    claims = read_claims(output)
+    assert claims["supirBatch:Fingerprint"] == outcome.ticket.fingerprint
+    assert claims["supirBatch:GenerativeReconstruction"] == "False"
+    again = restore(source, format=target, folder="again")
+    assert Path(again.output_uri).read_bytes() == output.read_bytes()
+
+
+@pytest.mark.parametrize("compression", ["deflate", "lzw", "none"])
+@pytest.mark.parametrize("shape", ["strips", "tiled", "pyramid"])
+def test_kinds_of_tiff(
+    compression: str, shape: str, tmp_path: Path, restore: Restore, rng: np.random.Generator
+) -> None:
+    levels = rng.integers(0, 65536, (600, 700, 3), np.uint16)
+    source = tmp_path / "a.tif"
+    tifffile.imwrite(source, levels, photometric="rgb", metadata=None)
+    outcome = restore(source, compression=compression, tiled=shape != "strips", pyramid=shape == "pyramid")
+    assert outcome.status == "done", outcome.ticket.failure
+    with tifffile.TiffFile(outcome.output_uri) as tif:
+        page = tif.pages.first
+        np.testing.assert_array_equal(page.asarray(), levels)
+        assert page.compression.name == {"deflate": "ADOBE_DEFLATE", "lzw": "LZW", "none": "NONE"}[compression]
+        assert page.is_tiled == (shape != "strips")
+        sizes = [other.shape[:2] for other in tif.pages]
+    assert sizes == ([(600, 700), (300, 350), (150, 175)] if shape == "pyramid" else [(600, 700)])
+    assert read_claims(Path(outcome.output_uri))["supirBatch:Fingerprint"] == outcome.ticket.fingerprint
+
+
+def test_a_lossy_webp_is_smaller(tmp_path: Path, restore: Restore, rng: np.random.Generator) -> None:
+    source = _photo(tmp_path / "a.png", rng, 200, 300)
+    sizes = [restore(source, format="webp", quality=q, folder=f"q{q}").output_bytes for q in (None, 90, 30)]
+    assert sizes == sorted(sizes, reverse=True)
