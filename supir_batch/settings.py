@@ -33,7 +33,7 @@ from pydantic import (
 
 from supir_batch import model_folder, store
 from supir_batch.errors import ManifestError
-from supir_batch.types import Compression, GateLimits, Settings, Sidecar, Source
+from supir_batch.types import Compression, GateLimits, Settings, Sidecar, SigningKey, Source
 from supir_model.config import (
     MODELS,
     TINY,
@@ -347,6 +347,35 @@ class Provenance(_Section):
     organization: str | None = Field(default=None, description="Institution in whose name this runs.")
 
 
+class Signing(_Section):
+    """Content credentials (C2PA) in or beside every output. Files are named here; the key itself never stands here."""
+
+    key: str | None = Field(default=None, min_length=1, description="File with the private key, PEM, unencrypted.")
+    certificates: str | None = Field(
+        default=None, min_length=1, description="File with the certificates, PEM: the key's own first, no root."
+    )
+    timestamp: str | None = Field(
+        default=None, min_length=1, description="Address of a time stamp authority; without, signatures expire."
+    )
+
+    @model_validator(mode="after")
+    def _files_together(self) -> Signing:
+        if any("-----BEGIN" in text for text in (self.key or "", self.certificates or "")):
+            raise ValueError("name files; a key or certificate itself must not stand in a manifest")
+        if (self.key is None) != (self.certificates is None):
+            raise ValueError("key and certificates go together; name both files or neither")
+        if self.timestamp is not None and self.key is None:
+            raise ValueError("timestamp is only used with key and certificates")
+        return self
+
+    @property
+    def files(self) -> SigningKey | None:
+        """What to sign with, None if nothing is signed."""
+        if self.key is None or self.certificates is None:
+            return None
+        return SigningKey(self.key, self.certificates, self.timestamp)
+
+
 class Runtime(_Section):
     """Where and how wide the work runs; never decides what an output looks like."""
 
@@ -380,6 +409,7 @@ class Manifest(_Section):
     tiling: Tiling = Tiling()
     gate: Gate = Gate()
     provenance: Provenance = Provenance()
+    signing: Signing = Signing()
     runtime: Runtime = Runtime()
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)  # dotted key -> manifest | environment | flag
@@ -587,6 +617,11 @@ def _make_absolute(data: dict[str, Any], folder: str) -> None:
     caption = data.get("caption")
     if isinstance(caption, dict) and isinstance(caption.get("model"), str) and is_model_folder(caption["model"]):
         data["caption"] = {**caption, "model": store.resolve(folder, caption["model"])}
+    signing = data.get("signing")
+    if isinstance(signing, dict):
+        files = {key: signing[key] for key in ("key", "certificates") if isinstance(signing.get(key), str)}
+        files = {key: store.resolve(folder, name) for key, name in files.items() if name and "-----" not in name}
+        data["signing"] = {**signing, **files}
 
 
 def _absolute_input(folder: str, reference: str) -> str:
@@ -751,6 +786,7 @@ def resolve(
         operator=manifest.provenance.operator,
         organization=manifest.provenance.organization,
         accepted_license=engine.accept_license if generative and config.license in _ACCEPTANCE_NEEDED else None,
+        signed=manifest.signing.key is not None,
     )
 
 

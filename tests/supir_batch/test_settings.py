@@ -369,9 +369,9 @@ def test_the_hash_stays_what_it_was() -> None:
         caption_quantization="", material="",
         run_seed=0, seed=None, format="source", bit_depth=None, compression="deflate", tiled=False, pyramid=False,
         quality=None, gate_color_drift=5.0, gate_similarity=0.85, gate_dead=0.02, gate_seam=0.05,
-        notice="n", operator=None, organization=None, accepted_license=None,
+        notice="n", operator=None, organization=None, accepted_license=None, signed=False,
     )  # fmt: skip
-    assert settings_hash(fixed) == "ef297b5b8810955924b74c248583f9152e29fd004c04ce2b16b3e5c889d400a1"
+    assert settings_hash(fixed) == "afe471c4a5f824bf57c536744fb7c39eaf3892eccd32c185391668fe6878af69"
 
 
 def test_sidecars_are_known_always_hold_the_record_and_make_no_new_work(tmp_path: Path) -> None:
