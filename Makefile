@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check
+.PHONY: demo test check exiftool
 
 demo: $(INSTALLED)
 	$(BIN)/python -m supir_batch.demo build demo
@@ -11,14 +11,20 @@ demo: $(INSTALLED)
 	$(BIN)/supir-batch report demo/restored
 	$(BIN)/python -m supir_batch.demo score demo
 
-test: $(INSTALLED)
+test: $(INSTALLED) exiftool
 	$(BIN)/python -m pytest
 
-check: $(INSTALLED)
+check: $(INSTALLED) exiftool
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# The tests read metadata with ExifTool as well; what needs it is skipped where it cannot be had.
+exiftool:
+	@command -v exiftool >/dev/null || $(if $(filter 0,$(shell id -u)),,sudo -n) sh -c \
+	  'apt-get update -q && apt-get install -q -y libimage-exiftool-perl' >/dev/null 2>&1 || \
+	  echo "exiftool is not here and cannot be installed: install Debian's libimage-exiftool-perl or your system's like"
 
 # Nothing is installed twice: the marker is younger than what it was made from.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 import imagecodecs
 import numpy as np
-from numpy.typing import NDArray
 
 from supir_batch.errors import ImageError
+from supir_batch.levels import Levels, spread
 
 CODESTREAM = b"\xff\x4f\xff\x51"  # SOC, SIZ
 _END = b"\xff\xd9"  # EOC
@@ -79,7 +79,7 @@ def read_header(path: Path) -> Jpeg2000:
     return Jpeg2000(width, height, components, bits[0], has_alpha, icc, dpi, xmp, *found)
 
 
-def read_samples(path: Path, header: Jpeg2000) -> NDArray[np.unsignedinteger[Any]]:
+def read_samples(path: Path, header: Jpeg2000) -> Levels:
     """Decode [h, w, components]: uint8 up to 8 bits, uint16 above, spread over the whole range of that type.
 
     Raises ImageError ``damaged``.
@@ -96,16 +96,10 @@ def read_samples(path: Path, header: Jpeg2000) -> NDArray[np.unsignedinteger[Any
         levels = levels[..., None]
     if levels.shape != (header.height, header.width, header.components) or levels.dtype not in (np.uint8, np.uint16):
         raise ImageError("damaged", f"its codestream holds {levels.shape} {levels.dtype}, not what its header says")
-    top, whole = 2**header.bits - 1, np.iinfo(levels.dtype).max
-    if top == whole:
-        return levels
-    spread = np.minimum(levels, top).astype(np.uint32) * whole + top // 2
-    return (spread // top).astype(levels.dtype)  # type: ignore[no-any-return]
+    return spread(levels, header.bits)
 
 
-def encode(
-    levels: NDArray[np.unsignedinteger[Any]], icc: bytes | None, dpi: tuple[float, float] | None, psnr: int | None
-) -> bytes:
+def encode(levels: Levels, icc: bytes | None, dpi: tuple[float, float] | None, psnr: int | None) -> bytes:
     """A JP2 file of [h, w, 1 to 4] uint8 or uint16; a second or fourth component is alpha. psnr in dB, None: lossless.
 
     Raises ImageError ``encode-failed``.

@@ -20,6 +20,7 @@ import json
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from xml.dom import minidom
@@ -50,6 +51,7 @@ _NAMESPACES = {
     "photoshop": "http://ns.adobe.com/photoshop/1.0/",
     "tiff": "http://ns.adobe.com/tiff/1.0/",
     "exif": "http://ns.adobe.com/exif/1.0/",
+    "Iptc4xmpCore": "http://iptc.org/std/Iptc4xmpCore/1.0/xmlns/",
     "Iptc4xmpExt": "http://iptc.org/std/Iptc4xmpExt/2008-02-29/",
     "supirBatch": OWN_NAMESPACE,
 }
@@ -217,8 +219,12 @@ def write_metadata(path: Path, source: SourceMetadata, record: ProvenanceRecord)
     return notes
 
 
-def build_xmp(source: SourceMetadata, record: ProvenanceRecord) -> tuple[bytes, tuple[str, ...]]:
-    """XMP packet of the output: the source's, edited, plus ours; and notes on what of the source was unreadable."""
+def build_xmp(source: SourceMetadata, record: ProvenanceRecord, bigtiff: bool = False) -> tuple[bytes, tuple[str, ...]]:
+    """XMP packet of the output: the source's, edited, plus ours; and notes on what of the source is not in it.
+
+    Where the output holds no EXIF and IPTC of its own (``bigtiff``) or no IPTC (WebP), what of them has a counterpart
+    in XMP is added, unless the source's XMP has that already.
+    """
     notes: tuple[str, ...] = ()
     try:
         document = _parse(source.xmp)
@@ -228,6 +234,8 @@ def build_xmp(source: SourceMetadata, record: ProvenanceRecord) -> tuple[bytes, 
     editor = _Xmp(document)
     for prefix, name in _STALE_XMP:
         editor.remove(prefix, name)
+    if bigtiff or record.output_format == "webp":
+        notes = (*notes, *_into_xmp(editor, source.exif if bigtiff else {}, source.iptc))
 
     editor.text("Iptc4xmpExt", "DigitalSourceType", record.digital_source_type)
     if record.generative:
@@ -277,6 +285,22 @@ def build_xmp(source: SourceMetadata, record: ProvenanceRecord) -> tuple[bytes, 
     }.items():
         editor.text("supirBatch", name, value)
     return _packet(document), notes
+
+
+def _into_xmp(editor: _Xmp, exif: dict[str, str], iptc: dict[str, str | list[str]]) -> Iterator[str]:
+    """Add what of EXIF and IPTC has a counterpart in XMP (by Exiv2's mapping); a note says what has none."""
+    lost: list[str] = []
+    for tags, convert in ((exif, pyexiv2.convert_exif_to_xmp), (iptc, pyexiv2.convert_iptc_to_xmp)):
+        for tag, told in tags.items():
+            found = convert({tag: told} | {key: tags[key] for key in tags if key.startswith(f"{tag}Ref")})
+            if not found and not tag.endswith("Ref"):
+                lost.append(tag)
+            for key, value in found.items():
+                _, prefix, name = key.split(".", 2)
+                if prefix in _NAMESPACES and (prefix, name) not in _STALE_XMP and not editor.read(prefix, name):
+                    editor.value(prefix, name, value)
+    if lost:
+        yield f"the output holds no EXIF or IPTC; in XMP there is no place for {', '.join(sorted(lost))}"
 
 
 def _write_exif(path: Path, source: SourceMetadata, record: ProvenanceRecord, *, maker_note: bool) -> None:
@@ -516,6 +540,19 @@ class _Xmp:
         item = self._leaf("rdf:li", _RDF, value)
         item.setAttribute("xml:lang", "x-default")
         self._array(_NAMESPACES[prefix], f"{prefix}:{name}", "rdf:Alt").appendChild(item)
+
+    def value(self, prefix: str, name: str, value: str | list[str] | dict[str, str]) -> None:
+        """Set a property from Exiv2's view of it: a text, a list, or texts by language."""
+        if isinstance(value, dict):
+            self.localized(prefix, name, next(iter(value.values())))
+        elif isinstance(value, list):
+            self.remove(prefix, name)
+            kind = "rdf:Seq" if (prefix, name) == ("dc", "creator") else "rdf:Bag"
+            array = self._array(_NAMESPACES[prefix], f"{prefix}:{name}", kind)
+            for one in value:
+                array.appendChild(self._leaf("rdf:li", _RDF, one))
+        else:
+            self.text(prefix, name, value)
 
     def struct(self, prefix: str, name: str, field_prefix: str, fields: dict[str, str]) -> None:
         """Set a structure of simple fields, in place of any of that name."""

@@ -7,16 +7,18 @@ because a few kilobytes can declare (and some readers then allocate) a hundred g
 
 from __future__ import annotations
 
+import importlib.util
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pyvips
-import tifffile
 
-from supir_batch import jpeg2000
+from supir_batch import jpeg2000, tiff
 from supir_batch.errors import ImageError
 
 # libvips keeps the results of past operations by file name: a path that was rewritten would return its OLD pixels.
@@ -35,7 +37,7 @@ Photographs compress 2 to 100 times; only a blank page or a bomb reaches the 1,0
 EXPANSION_FREE_BYTES = 64 * 2**20
 """Raw size below which the ratio is not checked: such an image cannot exhaust memory, and may be a flat test chart."""
 
-ImageFormat = Literal["tiff", "png", "jpeg", "webp", "avif", "jpeg2000"]
+ImageFormat = Literal["tiff", "png", "jpeg", "webp", "avif", "heic", "jpeg2000"]
 
 _LOADERS: dict[ImageFormat, str] = {  # of libvips; JPEG 2000 has its own reader
     "tiff": "tiffload",
@@ -43,7 +45,14 @@ _LOADERS: dict[ImageFormat, str] = {  # of libvips; JPEG 2000 has its own reader
     "jpeg": "jpegload",
     "webp": "webpload",
     "avif": "heifload",
+    "heic": "heifload",  # header only: the package has no HEVC decoder
 }
+
+_AVIF_BRANDS = frozenset({b"avif", b"avis"})
+_HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"})
+_GENERIC_BRANDS = frozenset({b"mif1", b"msf1"})  # what codes the pixels stands among the compatible brands
+
+_MAX_PADDING = 32  # bytes that tiles may take for each sample of the image, of 8 bytes at most
 
 # first bytes of formats that are images or documents, but that this version does not read
 _KNOWN_UNREAD: tuple[tuple[bytes, str], ...] = (
@@ -62,7 +71,10 @@ class Header:
     """What a file's header declares; sizes are as stored, before ``orientation`` is applied.
 
     ``bands`` counts all channels, alpha included. ``dpi`` is (x, y) in pixels per inch as stored, None where the file
-    claims none. ``reader`` is the library that could parse the header.
+    claims none. ``reader`` is the library that reads the pixels first. ``bit_depth`` is that of the samples as they are
+    read, ``stored_bits`` that of the samples in the file: 1 to 16, or 16 to 64 where ``floats``. ``raw_bytes`` is the
+    memory of the samples as stored, padding of tiles included. ``reduced``: the page calls itself a smaller version of
+    another one.
     """
 
     format: ImageFormat
@@ -75,18 +87,20 @@ class Header:
     mode: str  # "grey", "rgb", "cmyk" or "lab"
     pages: int
     dpi: tuple[float, float] | None
-    reader: Literal["vips", "tifffile", "jpeg2000"]
+    reader: Literal["vips", "tifffile", "jpeg2000", "heif"]
+    stored_bits: int
+    raw_bytes: int
+    page: int = 1
+    palette: bool = False
+    floats: bool = False
+    reduced: bool = False
 
-    @property
-    def raw_bytes(self) -> int:
-        """Size of the decoded pixels in bytes."""
-        return self.width * self.height * self.bands * self.bit_depth // 8
 
+def probe(path: Path, page: int = 1, max_pixels: int = MAX_PIXELS) -> Header:
+    """Read the header of ``path`` (of ``page`` of a TIFF) and check it against limits; decodes no pixel.
 
-def probe(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
-    """Read the header of ``path`` and check it against limits; decodes no pixel.
-
-    Raises ImageError with kind ``empty``, ``not-an-image``, ``unsupported``, ``too-large`` or ``truncated``.
+    Raises ImageError with kind ``empty``, ``not-an-image``, ``unsupported``, ``no-such-page``, ``too-large``,
+    ``truncated`` or ``damaged``.
     """
     file_bytes = path.stat().st_size
     if file_bytes == 0:
@@ -96,18 +110,28 @@ def probe(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
     image_format = sniff(head)
     if image_format == "jpeg2000":
         header = _from_jpeg2000(jpeg2000.read_header(path))
-        _check_limits(header, file_bytes, max_pixels)
-        return header
-    try:
-        header = _from_vips(open_vips(path, image_format), path, image_format)
-    except pyvips.Error as error:
-        if image_format != "tiff":
+    elif image_format == "tiff":
+        header = _from_tiff(tiff.read_header(path, page))
+    else:
+        if image_format == "heic" and not can_read_heic():
+            raise ImageError(
+                "unsupported", "HEIC needs pillow-heif: pip install 'supir-batch[heic]', or convert it to TIFF"
+            )
+        try:
+            header = _from_vips(open_vips(path, image_format), path, image_format)
+        except pyvips.Error as error:
             raise ImageError(
                 "truncated", f"the {image_format} header cannot be read ({vips_message(error, path)}); get a whole copy"
             ) from error
-        header = _from_tifffile(path, vips_message(error, path))
+    if page > 1 and image_format != "tiff":
+        raise ImageError("no-such-page", f"page {page} was asked for, and only a TIFF has several; correct the number")
     _check_limits(header, file_bytes, max_pixels)
     return header
+
+
+def can_read_heic() -> bool:
+    """Whether the optional decoder of HEIC is installed."""
+    return importlib.util.find_spec("pillow_heif") is not None
 
 
 def sniff(head: bytes) -> ImageFormat:
@@ -126,30 +150,58 @@ def sniff(head: bytes) -> ImageFormat:
     if head.startswith((jpeg2000.JP2, jpeg2000.CODESTREAM)):
         return "jpeg2000"
     if head[4:8] == b"ftyp":
-        brand = head[8:12]
-        if brand in (b"avif", b"avis"):
-            return "avif"
-        raise ImageError(
-            "unsupported", f"an ISO media file of brand {brand!r} (HEIC, video, ...) is not read; convert it to TIFF"
-        )
+        return _sniff_iso(head)
     for magic, name in _KNOWN_UNREAD:
         if head.startswith(magic):
             raise ImageError("unsupported", f"{name} is not read; convert it to TIFF, PNG or JPEG")
     raise ImageError(
         "not-an-image",
-        f"the file starts with {head[:16]!r}, which is no TIFF, PNG, JPEG, JPEG 2000, WebP or AVIF; "
+        f"the file starts with {head[:16]!r}, which is no TIFF, PNG, JPEG, JPEG 2000, WebP, AVIF or HEIC; "
         "check that it is what its name says",
     )
 
 
-def open_vips(path: Path, image_format: ImageFormat) -> Any:
-    """Open ``path`` (page 1) with the one loader of its format, lazily; any defect found while decoding is an error.
+def _sniff_iso(head: bytes) -> ImageFormat:
+    """Name the format of an ISO media file by its brands; of a generic one by the first compatible brands."""
+    length = int.from_bytes(head[:4], "big")
+    brands = {head[8:12]}
+    if brands <= _GENERIC_BRANDS:
+        brands = {head[at : at + 4] for at in range(16, min(length, len(head)), 4)}
+    if brands & _AVIF_BRANDS:
+        return "avif"
+    if brands & _HEIC_BRANDS:
+        return "heic"
+    raise ImageError(
+        "unsupported", f"an ISO media file of brand {head[8:12]!r} (video, ...) is not read; convert it to TIFF"
+    )
+
+
+def open_vips(path: Path, image_format: ImageFormat, page: int = 1) -> Any:
+    """Open ``path`` with the one loader of its format, lazily; any defect found while decoding is an error.
+
+    ``page`` counts from 1, for TIFFs.
 
     ``fail_on="warning"`` because libvips answers some damage, and codecs it was built without, with zeros and a
     warning.
     """
     loader = getattr(pyvips.Image, _LOADERS[image_format])
-    return loader(str(path), access="sequential", fail_on="warning")
+    chosen = {"page": page - 1} if page > 1 else {}
+    with vips_errors():
+        return loader(str(path), access="sequential", fail_on="warning", **chosen)
+
+
+@contextmanager
+def vips_errors() -> Iterator[None]:
+    """Every failure of libvips as a pyvips.Error, also where its message quotes bytes that are no text.
+
+    pyvips then raises UnicodeDecodeError, and keeps the message, so that every later failure of the process would end
+    the same way.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        pyvips.vips_lib.vips_error_clear()
+        raise pyvips.Error("libvips failed", "its message is no text") from error
 
 
 def vips_message(error: pyvips.Error, path: Path) -> str:
@@ -166,11 +218,10 @@ def _from_vips(image: Any, path: Path, image_format: ImageFormat) -> Header:
         raise ImageError(
             "unsupported", f"samples of type {image.format!r} are not read; convert to 8 or 16 bit unsigned integers"
         )
-    modes = {"cmyk": "cmyk", "lab": "lab", "labs": "lab", "labq": "lab"}
     has_alpha = bool(image.hasalpha())
     color_bands = image.bands - int(has_alpha)
-    mode = modes.get(image.interpretation, "grey" if color_bands == 1 else "rgb")
-    expected = {"grey": 1, "rgb": 3, "lab": 3, "cmyk": 4}[mode]
+    mode = "cmyk" if image.interpretation == "cmyk" else "grey" if color_bands == 1 else "rgb"
+    expected = {"grey": 1, "rgb": 3, "cmyk": 4}[mode]
     if color_bands != expected:
         raise ImageError(
             "unsupported", f"{image.bands} channels ({image.interpretation}) are not read; convert to grey or RGB"
@@ -178,65 +229,46 @@ def _from_vips(image: Any, path: Path, image_format: ImageFormat) -> Header:
     dpi = _png_dpi(path) if image_format == "png" else None
     if dpi is None and "resolution-unit" in fields and (image_format != "webp" or image.xres != 1.0):
         dpi = (round(image.xres * 25.4, 2), round(image.yres * 25.4, 2))
+    depth = depths[image.format]
+    # libheif has applied the rotation already; the EXIF tag of such a file is information only
+    upright = image_format in ("avif", "heic")
     return Header(
         format=image_format,
         width=image.width,
         height=image.height,
         bands=image.bands,
-        bit_depth=depths[image.format],
+        bit_depth=depth,
         has_alpha=has_alpha,
-        # libheif has applied the rotation of an AVIF already; its EXIF tag is information only
-        orientation=_orientation(image.get("orientation")) if "orientation" in fields and image_format != "avif" else 1,
+        orientation=_orientation(image.get("orientation")) if "orientation" in fields and not upright else 1,
         mode=mode,
         pages=image.get("n-pages") if "n-pages" in fields else 1,
         dpi=dpi,
-        reader="vips",
+        reader="heif" if image_format == "heic" else "vips",
+        stored_bits=image.get("bits-per-sample") if "bits-per-sample" in fields else depth,
+        raw_bytes=image.width * image.height * image.bands * depth // 8,
+        palette="palette" in fields,
     )
 
 
-def _from_tifffile(path: Path, vips_said: str) -> Header:
-    """Read the header of page 1 of a TIFF that libvips cannot open; ``vips_said`` goes into the error."""
-    try:
-        with tifffile.TiffFile(path) as tif:
-            page = tif.pages.first
-            tags = page.tags
-            bits = page.bitspersample
-            samples = page.samplesperpixel
-            photometric = getattr(page.photometric, "name", str(page.photometric))
-            alpha = len(page.extrasamples) > 0
-            orientation = _orientation(tags.valueof("Orientation", default=1))
-            unit = int(tags.valueof("ResolutionUnit", default=2))
-            x, y = tags.valueof("XResolution"), tags.valueof("YResolution")
-            width, height, pages = page.imagewidth, page.imagelength, len(tif.pages)
-    # tifffile raises its own errors, but a damaged directory also surfaces as IndexError, struct.error and others
-    except Exception as error:
-        raise ImageError(
-            "truncated",
-            f"the TIFF header cannot be read (libvips: {vips_said}; tifffile: {error}); get a whole copy of the file",
-        ) from error
-    modes = {"MINISBLACK": "grey", "MINISWHITE": "grey", "RGB": "rgb", "YCBCR": "rgb", "SEPARATED": "cmyk"}
-    if photometric not in modes or bits not in (8, 16):
-        raise ImageError(
-            "unsupported",
-            f"a TIFF of type {photometric} with {bits} bits per sample is not read (libvips: {vips_said}); "
-            "convert it to 8 or 16 bit grey or RGB",
-        )
-    scale = {2: 1.0, 3: 2.54}.get(unit)
-    dpi = None
-    if scale is not None and x is not None and y is not None and x[1] and y[1]:
-        dpi = (round(x[0] / x[1] * scale, 2), round(y[0] / y[1] * scale, 2))
+def _from_tiff(found: tiff.Tiff) -> Header:
     return Header(
         format="tiff",
-        width=width,
-        height=height,
-        bands=samples,
-        bit_depth=8 if bits == 8 else 16,
-        has_alpha=alpha,
-        orientation=orientation,
-        mode=modes[photometric],
-        pages=pages,
-        dpi=dpi,
-        reader="tifffile",
+        width=found.width,
+        height=found.height,
+        bands=found.bands,
+        bit_depth=8 if found.bits <= 8 else 16,
+        has_alpha=found.has_alpha,
+        orientation=_orientation(found.orientation),
+        mode=found.mode,
+        pages=found.pages,
+        dpi=found.dpi,
+        reader="vips" if found.vips else "tifffile",
+        stored_bits=found.bits,
+        raw_bytes=found.raw_bytes,
+        page=found.page,
+        palette=found.palette,
+        floats=found.floats,
+        reduced=found.reduced,
     )
 
 
@@ -253,6 +285,8 @@ def _from_jpeg2000(found: jpeg2000.Jpeg2000) -> Header:
         pages=1,
         dpi=found.dpi,
         reader="jpeg2000",
+        stored_bits=found.bits,
+        raw_bytes=found.width * found.height * found.components * (1 if found.bits <= 8 else 2),
     )
 
 
@@ -265,6 +299,10 @@ def _check_limits(header: Header, file_bytes: int, max_pixels: int) -> None:
             "too-large", f"the header declares {size}, above the limit of {max_pixels}; split the image or raise it"
         )
     raw = header.raw_bytes
+    if raw > EXPANSION_FREE_BYTES and raw > _MAX_PADDING * header.width * header.height * header.bands:
+        raise ImageError(
+            "too-large", f"its tiles take {raw} bytes for an image of {size}; get a sound copy, or save it anew"
+        )
     if raw > EXPANSION_FREE_BYTES and raw > MAX_EXPANSION * file_bytes:
         raise ImageError(
             "too-large",

@@ -139,7 +139,7 @@ def _finish(
     source_metadata = metadata.SourceMetadata.from_bytes(ticket.source_metadata)
     bands = facts.bands + int(facts.has_alpha)
     big = file_format == "tiff" and encode.needs_bigtiff(facts.output_width, facts.output_height, bands, bit_depth)
-    packet, packet_notes = metadata.build_xmp(source_metadata, record) if big else (b"", ())
+    packet, packet_notes = metadata.build_xmp(source_metadata, record, bigtiff=True) if big else (b"", ())
     spec = encode.FileSpec(
         file_format,
         bit_depth,
@@ -161,10 +161,7 @@ def _finish(
             ticket = dataclasses.replace(ticket, scores=dataclasses.replace(ticket.scores, seam=working.seam))
             if wrong := _complaints(ticket):
                 return _failed(ticket, failure_of("write", job.source, _refusal(wrong)))
-        if big:
-            written = (*packet_notes, "a BigTIFF can hold XMP but not the source's EXIF and IPTC")
-        else:
-            written = metadata.write_metadata(path, source_metadata, record)
+        written = packet_notes if big else metadata.write_metadata(path, source_metadata, record)
         if spec.format == "tiff" and spec.pyramid:
             encode.add_pyramid(path, spec)
         signed = _sign(path, ticket, facts, record, store.name(output)) if job.signing is not None else None

@@ -95,6 +95,7 @@ class DiffusionRecipe(_Stage):
     negative: float = Field(default=0.15, ge=0, le=1)
     max_weight: float = Field(default=6.0, ge=1)
     image: float = Field(default=0.0, ge=0)
+    structure: float = Field(default=0.0, ge=0)
     contours: float = Field(default=0.0, ge=0)
     own: float = Field(default=0.0, ge=0, le=1)
 

@@ -68,7 +68,7 @@ def _structure(a: Tensor, b: Tensor) -> Tensor:
 def _gradient_dissimilarity(a: Tensor, b: Tensor) -> Tensor:
     """1 - mean gradient magnitude similarity (Xue et al. 2014, equation 4) of images [B, 3, H, W] in [-1, 1].
 
-    Mean over windows of 1, 5 and 9 pixels, in which magnitudes are root mean squares. It asks for contours and texture
+    Mean over windows of 1 and 5 pixels, in which magnitudes are root mean squares. It asks for contours and texture
     as strong as the target's, near where the target has them, and not, as a mean error does, for none where their exact
     place is unknown.
     """
@@ -80,7 +80,7 @@ def _gradient_dissimilarity(a: Tensor, b: Tensor) -> Tensor:
 
     p, q = energy(a), energy(b)
     similarities = []
-    for window in (1, 5, 9):
+    for window in (1, 5):
         u, v = (F.avg_pool2d(one, window, stride=(window + 1) // 2) for one in (p, q))
         similarities.append(((2 * (u * v).sqrt() + constant) / (u + v + constant)).mean())
     return 1 - torch.stack(similarities).mean()
@@ -238,11 +238,11 @@ class DiffusionStage:
     1 is its cost at large ones; in terms of min-SNR (Hang et al. 2023) snr + 1 is clamped, not snr, because with
     control even the largest noise level leaves a picture to be predicted.
 
-    image is the weight of the L1 loss of decoded estimates at noise levels below 1, contours that of a loss on the
-    strength of their gradients. own is the share of samples with a noise level below 1 whose noise lies, as it does
-    when sampling, on an estimate of the model itself from a larger level, pulled to the control latent, instead of on
-    the clean latent (backward simulation; Yin et al. 2024, "Improved Distribution Matching Distillation", section 4.5);
-    where images are compared, an error of their latents does not count.
+    image is the weight of the L1 loss of decoded estimates at noise levels below 1, structure that of 1 - SSIM,
+    contours that of a loss on the strength of their gradients. own is the share of samples with a noise level below 1
+    whose noise lies, as it does when sampling, on an estimate of the model itself from a larger level, pulled to the
+    control latent, instead of on the clean latent (backward simulation; Yin et al. 2024, "Improved Distribution
+    Matching Distillation", section 4.5); where images are compared, an error of their latents does not count.
     """
 
     networks: Networks
@@ -299,7 +299,8 @@ class DiffusionStage:
             decoded, wanted = self.networks.vae.decode(denoised[low]).float(), target[low]
             l1, contours = F.l1_loss(decoded, wanted), _gradient_dissimilarity(decoded, wanted)
             # a mean error of latents, beside it, would ask for the smooth mean again
-            loss = errors[~own].sum() / errors.numel() + recipe.image * l1 + recipe.contours * contours
+            images = recipe.image * l1 + recipe.structure * _structure(decoded, wanted) + recipe.contours * contours
+            loss = errors[~own].sum() / errors.numel() + images
             metrics |= {"l1": l1.item(), "contours": contours.item()}
         return loss, metrics
 
