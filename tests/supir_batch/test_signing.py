@@ -253,13 +253,13 @@ def test_credentials_beside_a_giant_do_not_take_its_size_in_memory(
 ) -> None:
     source, giant = photo(tmp_path / "d.tif", rng), tmp_path / "giant.tif"
     with giant.open("wb") as sink:
-        sink.truncate(400_000_000)
+        sink.truncate(200_000_000)
     ticket = next(decode(make_job(source), 16)).ticket
     record = provenance.build_record(ticket, "tiff", 8)
     before = Stopwatch("nothing").record(ticket).records[-1].peak_memory_bytes
     watch = Stopwatch("signing")
     signed = signing.sign(giant, record, "giant.tif", source, chain.signing)
-    assert watch.record(ticket).records[-1].peak_memory_bytes - before < 100_000_000
+    assert watch.record(ticket).records[-1].peak_memory_bytes - before < 60_000_000
     state = signing.read(giant, "tiff", signed.credentials, chain.anchors)
     assert state is not None
     assert state.state == "Trusted", state.reasons
