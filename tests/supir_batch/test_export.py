@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from supir_batch import export, premis, runlog
+from supir_batch import checksums, export, premis, runlog, store
 from supir_batch.cli import app
 from supir_batch.errors import ManifestError, StoreError
+from supir_batch.iiif import write_manifests
 from supir_batch.runlog import RunLog
 from supir_batch.types import Outcome
+from supir_batch.verify import verify
 
 Restore = Callable[..., Outcome]
 Make = Callable[..., Path]
@@ -205,3 +207,20 @@ def test_a_moved_output_is_exported_from_where_it_is(make: Make, tmp_path: Path)
     assert CliRunner().invoke(app, ["export", str(moved), "--bagit", str(tmp_path / "bag")]).exit_code == 0
     bagit.Bag(str(tmp_path / "bag")).validate()
     assert sha256(tmp_path / "bag" / "data" / "a.png") == sha256(moved / "a.png")
+
+
+def test_an_output_on_an_object_store(make: Make, tmp_path: Path) -> None:
+    output = make("a.png", "d.tif")
+    remote = f"memory://{tmp_path.name}"
+    for path in output.rglob("*"):
+        if path.is_file():
+            store.write_atomic(store.join(remote, str(path.relative_to(output))), path)
+    checksums.renew(remote)
+    assert [problem for checked in verify(remote) for problem in checked.problems] == []
+    export.bag(remote, str(tmp_path / "bag"))
+    bagit.Bag(str(tmp_path / "bag")).validate()
+    export.archivematica(remote, str(tmp_path / "transfer"))
+    assert write_manifests(remote, "https://example.org") == 2
+    assert store.exists(store.join(remote, "_iiif/collection.json"))
+    checksums.remove(remote)
+    assert not store.exists(store.join(remote, checksums.FILE_NAME))
