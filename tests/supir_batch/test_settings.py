@@ -367,11 +367,12 @@ def test_the_hash_stays_what_it_was() -> None:
         captioner="", captioner_identity="", caption_question="", caption_template="",
         caption_max_new_tokens=0, caption_temperature=0.0, caption_top_p=0.0, caption_precision="",
         caption_quantization="", material="",
-        run_seed=0, seed=None, format="source", bit_depth=None, compression="deflate", tiled=False, pyramid=False,
+        run_seed=0, seed=None, page=1, few_levels="expand",
+        format="source", bit_depth=None, compression="deflate", tiled=False, pyramid=False,
         quality=None, gate_color_drift=5.0, gate_similarity=0.85, gate_dead=0.02, gate_seam=0.05,
         notice="n", operator=None, organization=None, accepted_license=None,
     )  # fmt: skip
-    assert settings_hash(fixed) == "ef297b5b8810955924b74c248583f9152e29fd004c04ce2b16b3e5c889d400a1"
+    assert settings_hash(fixed) == "96dd9dcd7f8d9d70a3b07facb0df24647ed5ea7280a898dcc80ee8c675cd9280"
 
 
 def test_sidecars_are_known_always_hold_the_record_and_make_no_new_work(tmp_path: Path) -> None:
