@@ -33,7 +33,7 @@ from pydantic import (
 
 from supir_batch import model_folder, store
 from supir_batch.errors import ManifestError
-from supir_batch.types import Compression, GateLimits, Settings, Sidecar, SigningKey, Source
+from supir_batch.types import Compression, FewLevels, GateLimits, Settings, Sidecar, SigningKey, Source
 from supir_model.config import (
     MODELS,
     TINY,
@@ -124,6 +124,17 @@ class Output(_Section):
         if "/" in naming or "\\" in naming or naming.startswith("."):
             raise ValueError("must be a file name: no slashes, no leading dot; the folder tree is mirrored by itself")
         return naming
+
+
+class Reading(_Section):
+    """How sources are read."""
+
+    page: int = Field(
+        default=1, ge=1, le=65_535, description="Page of a TIFF with several; the list column page says it per row."
+    )
+    few_levels: FewLevels = Field(
+        default="expand", description="Images of fewer than 8 bits or with a palette: expanded with a note, or refused."
+    )
 
 
 class Engine(_Section):
@@ -404,6 +415,7 @@ class Manifest(_Section):
         min_length=1, description="Files, folders, globs, or .csv / .jsonl / .parquet lists."
     )
     output: Output
+    reading: Reading = Reading()
     engine: Engine = Engine()
     caption: Caption = Caption()
     tiling: Tiling = Tiling()
@@ -775,6 +787,8 @@ def resolve(
         material=_material(manifest, source) if generative else "",
         run_seed=engine.seed if generative else 0,
         seed=source.seed if generative else None,
+        page=manifest.reading.page if source.page is None else source.page,
+        few_levels=manifest.reading.few_levels,
         format=manifest.output.format,
         bit_depth=None if manifest.output.bit_depth == "source" else manifest.output.bit_depth,
         compression=manifest.output.compression,

@@ -367,11 +367,12 @@ def test_the_hash_stays_what_it_was() -> None:
         captioner="", captioner_identity="", caption_question="", caption_template="",
         caption_max_new_tokens=0, caption_temperature=0.0, caption_top_p=0.0, caption_precision="",
         caption_quantization="", material="",
-        run_seed=0, seed=None, format="source", bit_depth=None, compression="deflate", tiled=False, pyramid=False,
+        run_seed=0, seed=None, page=1, few_levels="expand",
+        format="source", bit_depth=None, compression="deflate", tiled=False, pyramid=False,
         quality=None, gate_color_drift=5.0, gate_similarity=0.85, gate_dead=0.02, gate_seam=0.05,
         notice="n", operator=None, organization=None, accepted_license=None, signed=False,
     )  # fmt: skip
-    assert settings_hash(fixed) == "afe471c4a5f824bf57c536744fb7c39eaf3892eccd32c185391668fe6878af69"
+    assert settings_hash(fixed) == "a07363db8fd30511f67cdd5e81e7b2d109e14d04837914193ab99fa8d85141ea"
 
 
 def test_sidecars_are_known_always_hold_the_record_and_make_no_new_work(tmp_path: Path) -> None:
