@@ -38,6 +38,7 @@ COLUMNS = pa.schema(
         ("upscale", pa.float64()),
         ("seed", pa.int64()),
         ("sha256", pa.string()),
+        ("page", pa.int64()),
     ]
 )
 """Columns of a list; what the manifest's own list said about an image is passed on."""

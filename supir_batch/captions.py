@@ -60,6 +60,7 @@ def _deciding(ticket: TileTicket) -> dict[str, str | int | float]:
     return {
         "version": _VERSION,
         "source_sha256": ticket.facts.sha256,
+        "page": settings.page,
         "model_sha256": settings.model_sha256,
         "captioner_identity": settings.captioner_identity,
         "question": settings.caption_question,

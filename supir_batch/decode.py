@@ -85,12 +85,12 @@ def decode(job: Job, alignment: int, seen: TileTicket | None = None) -> Iterator
         yield DecodedTile(failed, _NO_PIXELS, _NO_PIXELS)
 
 
-def read_srgb(path: Path) -> tuple[FloatImage, NDArray[np.float32]]:
+def read_srgb(path: Path, page: int = 1) -> tuple[FloatImage, NDArray[np.float32]]:
     """Any readable image, upright, as ([h, w, 3] sRGB, [h, w] alpha or size 0), both float32 in [0, 1].
 
     For looking and comparing (report, demo). Raises ImageError.
     """
-    raster = readers.read(path, probe.probe(path))
+    raster = readers.read(path, probe.probe(path, page))
     colors, alpha = raster.floats(_ALL, _ALL)
     return color.to_srgb(colors, raster.icc), alpha[..., 0] if alpha.size else np.zeros((0, 0), np.float32)
 
@@ -98,7 +98,7 @@ def read_srgb(path: Path) -> tuple[FloatImage, NDArray[np.float32]]:
 def _preview(blank: TileTicket, restoring: bool) -> Preview:
     watch = Stopwatch("decode")
     with _source(blank) as path:
-        header = probe.probe(path)
+        header = _header(blank.job, path)
         ticket = _identify(blank, path, header)
         if restoring and _is_committed(ticket):
             return Preview(dataclasses.replace(ticket, recovered=True), _NO_PIXELS)
@@ -114,7 +114,7 @@ def _decode(blank: TileTicket, alignment: int) -> Iterator[DecodedTile]:
     watch = Stopwatch("decode")
     chosen = blank.job.settings
     with _source(blank) as path:
-        header = probe.probe(path)
+        header = _header(blank.job, path)
         ticket = _identify(blank, path, header)
         facts = ticket.facts
         if facts is None:
@@ -172,6 +172,15 @@ def _source(blank: TileTicket) -> Iterator[Path]:
         raise ImageError("missing", "the file does not exist; correct the input or remove it")
     with store.local_copy(uri) as path:
         yield path
+
+
+def _header(job: Job, path: Path) -> probe.Header:
+    """The header of the page to be restored. Raises ImageError, also for what the manifest wants refused."""
+    header = probe.probe(path, job.settings.page)
+    if job.settings.few_levels == "refuse" and (header.palette or header.stored_bits < 8):
+        kind = "a palette image" if header.palette else f"an image of {header.stored_bits} bits per sample"
+        raise ImageError("few-levels", f"it is {kind}; convert it, or set reading.few_levels to expand")
+    return header
 
 
 def _identify(blank: TileTicket, path: Path, header: probe.Header) -> TileTicket:

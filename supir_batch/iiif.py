@@ -51,13 +51,13 @@ def write_manifests(output_uri: str, base_url: str) -> int:
 def _write(output_uri: str, base: str, one: Deliverable) -> dict[str, Any]:
     """Pictures and manifest of one image; returns the manifest."""
     sizes = {}
-    for name, uri, digest in (
-        ("original", one.row["uri"], one.row["source_sha256"]),
-        ("restored", store.join(output_uri, one.path), one.row["output_sha256"]),
+    for name, uri, digest, page in (
+        ("original", one.row["uri"], one.row["source_sha256"], one.row["setting_page"] or 1),
+        ("restored", store.join(output_uri, one.path), one.row["output_sha256"], 1),
     ):
         if store.sha256(uri) != digest:
             raise StoreError(f"{uri}: is not the file the log speaks of; it was changed since and is not shown")
-        pixels: FloatImage = pictures.picture(uri, _LONGER_SIDE)
+        pixels: FloatImage = pictures.picture(uri, _LONGER_SIDE, page)
         sizes[name] = (pixels.shape[1], pixels.shape[0])
         store.write_atomic(store.join(output_uri, IIIF_FOLDER, one.path, f"{name}.jpg"), pictures.jpeg(pixels))
     manifest = _manifest(base, one, sizes)

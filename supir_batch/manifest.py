@@ -11,6 +11,7 @@ import csv
 import difflib
 import io
 import json
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -78,6 +79,7 @@ class _Row(BaseModel):
     upscale: Annotated[float, Field(ge=0.1, le=16)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     material: Material | None = None
+    page: Annotated[int, Field(ge=1, le=65_535)] | None = None
 
 
 class _Named(NamedTuple):
@@ -301,6 +303,9 @@ def _from_row(row: _Row, list_uri: str, origin: str) -> Source:
     if not relative or ".." in relative.split("/"):  # the output mirrors it and must stay below output.uri
         named = f"uri {row.uri!r}" if row.relative is None else f"relative {row.relative!r}"
         raise StoreError(f"{named} does not name a file; write it without '..'")
+    if row.page is not None and row.relative is None:
+        stem, extension = posixpath.splitext(relative)
+        relative = f"{stem}-p{row.page:03d}{extension}"  # each page has an output of its own
     if row.id is not None and (not row.id.isprintable() or row.id.strip() != row.id):
         raise StoreError(f"id {row.id!r} has control characters or blanks at its ends; remove them")
     return Source(
@@ -316,6 +321,7 @@ def _from_row(row: _Row, list_uri: str, origin: str) -> Source:
         upscale=row.upscale,
         seed=row.seed,
         material=row.material,
+        page=row.page,
     )
 
 
@@ -324,12 +330,13 @@ def _from_row(row: _Row, list_uri: str, origin: str) -> Source:
 
 def _refuse_duplicates(sources: Sequence[Source], manifest_uri: str) -> None:
     by_id: dict[str, Source] = {}
-    by_file: dict[str, Source] = {}
+    by_file: dict[tuple[str, int | None], Source] = {}
     problems = []
     for source in sources:
-        first = by_file.setdefault(store.normalize(source.uri), source)
+        first = by_file.setdefault((store.normalize(source.uri), source.page), source)
         if first is not source:
-            problems.append(f"{_both(first, source)} name the same file {source.uri}; remove one of them")
+            page = "" if source.page is None else f"page {source.page} of "
+            problems.append(f"{_both(first, source)} name {page}the same file {source.uri}; remove one of them")
             continue
         first = by_id.setdefault(source.id, source)
         if first is not source:

@@ -11,13 +11,13 @@ from supir_batch import decode, resample, store
 from supir_batch.types import FloatImage
 
 
-def picture(uri: str, longer_side: int) -> FloatImage:
+def picture(uri: str, longer_side: int, page: int = 1) -> FloatImage:
     """The image reduced to at most ``longer_side`` pixels, [h, w, 3] sRGB in [0, 1]; where transparent, white shows.
 
-    Raises StoreError if it cannot be reached, ImageError if it cannot be read.
+    ``page`` is of a TIFF with several. Raises StoreError if it cannot be reached, ImageError if it cannot be read.
     """
     with store.local_copy(uri) as path:
-        pixels, alpha = decode.read_srgb(path)
+        pixels, alpha = decode.read_srgb(path, page)
     if alpha.size:
         pixels = pixels * alpha[..., None] + (1 - alpha[..., None])
     return resample.reduce_to(pixels, longer_side)

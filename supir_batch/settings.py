@@ -33,7 +33,7 @@ from pydantic import (
 
 from supir_batch import model_folder, store
 from supir_batch.errors import ManifestError
-from supir_batch.types import Compression, GateLimits, Settings, Sidecar, SigningKey, Source
+from supir_batch.types import Compression, FewLevels, GateLimits, Settings, Sidecar, SigningKey, Source
 from supir_model.config import (
     MODELS,
     TINY,
@@ -124,6 +124,17 @@ class Output(_Section):
         if "/" in naming or "\\" in naming or naming.startswith("."):
             raise ValueError("must be a file name: no slashes, no leading dot; the folder tree is mirrored by itself")
         return naming
+
+
+class Reading(_Section):
+    """How sources are read."""
+
+    page: int = Field(
+        default=1, ge=1, le=65_535, description="Page of a TIFF with several; the list column page says it per row."
+    )
+    few_levels: FewLevels = Field(
+        default="expand", description="Images of fewer than 8 bits or with a palette: expanded with a note, or refused."
+    )
 
 
 class Engine(_Section):
@@ -404,6 +415,7 @@ class Manifest(_Section):
         min_length=1, description="Files, folders, globs, or .csv / .jsonl / .parquet lists."
     )
     output: Output
+    reading: Reading = Reading()
     engine: Engine = Engine()
     caption: Caption = Caption()
     tiling: Tiling = Tiling()
@@ -732,6 +744,7 @@ def resolve(
     vae_tiling: VAETilingMode = manifest.tiling.vae_tiling if generative else "off"
     asked = manifest.caption if prompt_source == "llava" else None
     tau = sampling["restoration_tau"]
+    may_be_tiff = manifest.output.format in ("source", "tiff")
     return Settings(
         engine=engine.name,
         engine_name=config.display_name if generative else "Lanczos",
@@ -775,11 +788,13 @@ def resolve(
         material=_material(manifest, source) if generative else "",
         run_seed=engine.seed if generative else 0,
         seed=source.seed if generative else None,
+        page=manifest.reading.page if source.page is None else source.page,
+        few_levels=manifest.reading.few_levels,
         format=manifest.output.format,
         bit_depth=None if manifest.output.bit_depth == "source" else manifest.output.bit_depth,
-        compression=manifest.output.compression,
-        tiled=manifest.output.tiled or manifest.output.pyramid,
-        pyramid=manifest.output.pyramid,
+        compression=manifest.output.compression if may_be_tiff else "deflate",
+        tiled=may_be_tiff and (manifest.output.tiled or manifest.output.pyramid),
+        pyramid=may_be_tiff and manifest.output.pyramid,
         quality=manifest.output.quality,
         **{f"gate_{key}": value for key, value in dataclasses.asdict(_gate(manifest)).items()},
         notice=manifest.provenance.notice,
@@ -924,6 +939,10 @@ def explain(manifest: Manifest) -> list[Explained]:
             explained.append(Explained(key, None, "only used by caption.mode llava"))
         elif key in unused:
             explained.append(Explained(key, 0.0, f"not used by sampler {sampler}"))
+        elif key in _TIFF_KEYS and manifest.output.format not in ("source", "tiff"):
+            explained.append(Explained(key, None, f"not used by format {manifest.output.format}"))
+        elif key == "output.tiled" and manifest.output.pyramid:
+            explained.append(Explained(key, True, "with output.pyramid"))
         elif key == "tiling.vae_tile" and manifest.tiling.vae_tiling == "off":
             explained.append(Explained(key, 0, "not used with tiling.vae_tiling off"))
         elif key in filled and value is None:
@@ -931,6 +950,9 @@ def explain(manifest: Manifest) -> list[Explained]:
         else:
             explained.append(Explained(key, value, manifest._origins.get(key, "manifest" if given else "default")))
     return explained
+
+
+_TIFF_KEYS = {f"output.{key}" for key in ("compression", "tiled", "pyramid")}
 
 
 def _flat(model: BaseModel, prefix: str = "") -> list[tuple[str, Any, bool]]:
@@ -968,9 +990,13 @@ _FLOAT_FIELDS = {key for key, hint in get_type_hints(Settings).items() if hint i
 
 @functools.lru_cache(maxsize=4096)  # most images of a run share their settings
 def settings_hash(settings: Settings) -> str:
-    """SHA-256 (hex) of the settings' canonical JSON: sorted keys, no spaces, floats by their shortest exact form."""
-    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    for key in _FLOAT_FIELDS:
+    """SHA-256 (hex) of the settings' canonical JSON: sorted keys, no spaces, floats by their shortest exact form.
+
+    The limits of the output gate are left out: who allows more for a few images does not want all others made anew.
+    """
+    names = [field.name for field in dataclasses.fields(settings) if not field.name.startswith("gate_")]
+    values = {name: getattr(settings, name) for name in names}
+    for key in _FLOAT_FIELDS & values.keys():
         if values[key] is not None:
             values[key] = float(values[key])  # 1 and 1.0 are the same setting
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)

@@ -17,6 +17,7 @@ FloatImage = NDArray[np.float32]  # [H, W, C], values in [0, 1]
 
 OutputFormat = Literal["tiff", "png", "jpeg", "webp", "jpeg2000"]
 Compression = Literal["deflate", "lzw", "none"]
+FewLevels = Literal["expand", "refuse"]  # what becomes of 1 to 7-bit and palette images
 Status = Literal["done", "failed"]
 Sidecar = Literal["json", "premis"]
 
@@ -42,6 +43,7 @@ class Source:
     upscale: float | None = None
     seed: int | None = None
     material: str | None = None
+    page: int | None = None  # of a TIFF with several; None: the manifest's
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Settings:
     material: str
     run_seed: int
     seed: int | None  # None: from the source's hash
+    page: int  # of a source with several, from 1
+    few_levels: FewLevels
     format: OutputFormat | Literal["source"]
     bit_depth: Literal[8, 16] | None  # None: as the source
     compression: Compression  # of a TIFF; so are the next two

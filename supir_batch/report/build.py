@@ -85,7 +85,8 @@ def _card(output_uri: str, row: dict[str, Any]) -> _Card:
     size, problem = (0, 0), ""
     try:
         restored = pictures.picture(row["output_uri"], PREVIEW_SIZE)
-        original = resample.resize(pictures.picture(row["uri"], PREVIEW_SIZE), restored.shape[1], restored.shape[0])
+        source = pictures.picture(row["uri"], PREVIEW_SIZE, row["setting_page"] or 1)
+        original = resample.resize(source, restored.shape[1], restored.shape[0])
         size = (restored.shape[1], restored.shape[0])
         store.write_atomic(store.join(output_uri, "report", before), pictures.jpeg(original))
         store.write_atomic(store.join(output_uri, "report", after), pictures.jpeg(restored))

@@ -102,6 +102,35 @@ def test_cmyk_becomes_rgb_and_says_so(tmp_path: Path, make_job: MakeJob) -> None
     assert max(green, blue) < 0.4
 
 
+@pytest.mark.parametrize("name", ["palette.png", "bits.png", "bits.tif"])
+def test_images_of_few_levels_are_expanded_or_refused(tmp_path: Path, make_job: MakeJob, name: str) -> None:
+    path = tmp_path / name
+    grey = Image.linear_gradient("L").resize((20, 20))
+    (grey.quantize(16) if name.startswith("palette") else grey.convert("1")).save(path)
+    tile = _only(make_job(path))
+    assert tile.ticket.facts is not None
+    assert "expanded" in tile.ticket.facts.notes[0]
+    assert _failed(make_job(path, few_levels="refuse")) == "few-levels"
+    grey.save(path)
+    assert _only(make_job(path, few_levels="refuse")).ticket.failure is None
+
+
+def test_the_page_that_was_asked_for_is_restored(tmp_path: Path, make_job: MakeJob) -> None:
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as tif:
+        tif.write(np.full((20, 20), 50, np.uint8), subfiletype=1, metadata=None)
+        tif.write(np.full((30, 40), 200, np.uint8), metadata=None)
+    tile = _only(make_job(path, page=2))
+    assert tile.pixels.shape == (30, 40, 3)
+    assert np.rint(tile.pixels * 255).max() == 200
+    assert tile.ticket.facts is not None
+    assert tile.ticket.facts.notes[0] == "page 2 of 2 was used"
+    facts = _only(make_job(path)).ticket.facts
+    assert facts is not None
+    assert "smaller version" in facts.notes[1]
+    assert _failed(make_job(path, page=3)) == "no-such-page"
+
+
 def test_an_icc_profile_is_honored(tmp_path: Path, make_job: MakeJob) -> None:
     path = tmp_path / "a.png"
     icc = bytes(imagecodecs.cms_profile("adobergb"))

@@ -127,9 +127,28 @@ def test_lists(folder: Path, kind: str) -> None:
     assert found.refused[0].failure.message.startswith(f"list.{kind}:{number} ({folder}/gone.tif): does not exist")
 
 
+def test_pages_of_one_file_have_outputs_of_their_own(folder: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"uri": "a.png"},
+        {"uri": "a.png", "page": 1},
+        {"uri": "a.png", "page": 12},
+        {"uri": "a.png", "page": 3, "relative": "leaf/three.tif"},
+    ]
+    sources = listed(write_list(folder, rows, "jsonl")).sources
+    assert [(source.relative, source.page) for source in sources] == [
+        ("a.png", None),
+        ("a-p001.png", 1),
+        ("a-p012.png", 12),
+        ("leaf/three.tif", 3),
+    ]
+    assert len({source.id for source in sources}) == 4
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("uri,page\na.png,0\n", "list.csv:2: page must be greater than or equal to 1, saw '0'"),
+        ("uri,page\na.png,2\na.png,2\n", "name page 2 of the same file"),
         ("uri,promt\na.png,x\n", "list.csv:1: unknown column 'promt'; did you mean 'prompt'?"),
         ("uri;prompt\na.png;x\n", "list.csv:1: unknown column 'uri;prompt'; separate the columns by commas"),
         ("id\nx\n", "list.csv:1: has no column 'uri'"),
