@@ -25,6 +25,8 @@ from supir_model.training.degradations import degrade_by_strength
 from supir_model.training.recipe import DiffusionRecipe, RobustEncoderRecipe, VAERecipe
 from supir_model.vae import RobustVAE, ShortcutEncoder
 
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
 
 class Stage(Protocol):
     """One stage of the training."""
@@ -66,11 +68,11 @@ def _structure(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _gradient_dissimilarity(a: Tensor, b: Tensor) -> Tensor:
-    """1 - mean gradient magnitude similarity (Xue et al. 2014, equation 4) of images [B, 3, H, W] in [-1, 1].
+    """1 - mean gradient magnitude similarity (Xue et al. 2014, equation 4) of images [B, 3, H, W] in [-1, 1], and GMSD.
 
-    Mean over windows of 1 and 5 pixels, in which magnitudes are root mean squares. It asks for contours and texture
-    as strong as the target's, near where the target has them, and not, as a mean error does, for none where their exact
-    place is unknown.
+    The mean is one over windows of 1 and 5 pixels, in which magnitudes are root mean squares. It asks for contours and
+    texture as strong as the target's, near where the target has them, and not, as a mean error does, for none where
+    their exact place is unknown. GMSD, the deviation of that similarity at half size, asks for it everywhere alike.
     """
     constant = 170 / 127.5**2
 
@@ -78,12 +80,22 @@ def _gradient_dissimilarity(a: Tensor, b: Tensor) -> Tensor:
         horizontal, vertical = _image_gradients(x.mean(dim=1, keepdim=True))
         return horizontal[:, :, 1:].square() + vertical[..., 1:].square() + 1e-6
 
+    def similarity(p: Tensor, q: Tensor) -> Tensor:
+        return (2 * (p * q).sqrt() + constant) / (p + q + constant)
+
     p, q = energy(a), energy(b)
-    similarities = []
-    for window in (1, 5):
-        u, v = (F.avg_pool2d(one, window, stride=(window + 1) // 2) for one in (p, q))
-        similarities.append(((2 * (u * v).sqrt() + constant) / (u + v + constant)).mean())
-    return 1 - torch.stack(similarities).mean()
+    means = [
+        similarity(*(F.avg_pool2d(one, window, stride=(window + 1) // 2) for one in (p, q))).mean() for window in (1, 5)
+    ]
+    prewitt = torch.tensor([[1.0, 0.0, -1.0]] * 3, device=a.device).expand(1, 1, 3, 3) / 3
+
+    def halved(x: Tensor) -> Tensor:
+        luma = F.avg_pool2d(torch.einsum("bchw,c->bhw", x, torch.tensor(_LUMA, device=x.device))[:, None], 2)
+        across, down = F.conv2d(luma, prewitt), F.conv2d(luma, prewitt.transpose(2, 3))
+        return across.square() + down.square() + 1e-6
+
+    deviation = similarity(halved(a), halved(b)).std(dim=(1, 2, 3), correction=0).mean()
+    return 1 - torch.stack(means).mean() + deviation
 
 
 @torch.no_grad()
