@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import re
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -52,11 +53,12 @@ def _forget_peak() -> None:
 def _peak_memory_bytes() -> int:
     """Most memory this process has held since ``_forget_peak``, without what it shares with others (the object store).
 
-    Elsewhere than on Linux: since it began, and with what it shares.
+    Where the system does not say, since it began and with what it shares.
     """
-    try:
+    with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text("ascii", "replace")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
-    held = {key: int(value.split()[0]) * 1024 for key, value in re.findall(r"(VmHWM|RssShmem):\s*(.*)", status)}
-    return held["VmHWM"] - held.get("RssShmem", 0)
+        held = {key: int(kilobytes) * 1024 for key, kilobytes in re.findall(r"(VmHWM|RssShmem):\s*(\d+)", status)}
+        if "VmHWM" in held:
+            return held["VmHWM"] - held.get("RssShmem", 0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others kibibytes

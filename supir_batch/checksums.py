@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from supir_batch import commit, runlog, store
+from supir_batch import commit, runlog, signing, store
 
 FILE_NAME = "checksum.sha256"
 
@@ -17,7 +17,11 @@ FILE_NAME = "checksum.sha256"
 def sidecars(row: Mapping[str, Any]) -> dict[str, str]:
     """What lies beside the output of a run-log row, and its SHA-256 (hex), by path below the output folder."""
     path = row["output_path"]
-    beside = {commit.record_uri(path): row["record_sha256"], commit.premis_uri(path): row["premis_sha256"]}
+    beside = {
+        commit.record_uri(path): row["record_sha256"],
+        commit.premis_uri(path): row["premis_sha256"],
+        signing.credentials_uri(path): row["c2pa_sha256"],
+    }
     return {name: digest for name, digest in beside.items() if digest}
 
 

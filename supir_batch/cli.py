@@ -52,6 +52,10 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, such as engine.steps=20. Repeatable."),
 ]
+AnchorsOption = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Certificates (PEM) of those whose signatures are trusted."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
@@ -99,6 +103,11 @@ def run(
         )
         for reason, count in list(plan.changed.items())[:_SHOWN]:
             typer.echo(f"{count} again, {reason}", err=True)
+        if plan.todo and loaded.signing.files is not None:
+            from supir_batch import signing
+
+            if warning := signing.check(loaded.signing.files):
+                typer.echo(f"warning: {warning}", err=True)
         summary = execute(loaded, manifest, plan, limit)
         if summary.error is not None:
             _complain(summary.error, debug)
@@ -166,14 +175,16 @@ def status(output: OutputArgument, as_json: JsonOption = False, debug: DebugOpti
 @app.command()
 def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE", help="An image: a path or a URI.")],
+    anchors: AnchorsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Say in plain words what an image claims about itself: what it is, its source, engine, prompts, seed, settings."""
     with _errors(debug):
+        from supir_batch import store
         from supir_batch.inspect import inspect as look
 
-        lines = look(file)
+        lines = look(file, None if anchors is None else store.read_bytes(anchors))
         if as_json:
             typer.echo(json.dumps(lines, ensure_ascii=False))
             return
@@ -182,14 +193,18 @@ def inspect(
 
 
 @app.command(epilog=_EPILOG)
-def verify(output: OutputArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+def verify(
+    output: OutputArgument, anchors: AnchorsOption = None, as_json: JsonOption = False, debug: DebugOption = False
+) -> None:
     """Compare a whole output with its run log: every image, its tags, size and record, and files nobody put there."""
     with _errors(debug):
+        from supir_batch import store
         from supir_batch.verify import verify as check
 
+        trusted = None if anchors is None else store.read_bytes(anchors)
         uri, count = _output_uri(output), 0
         problems: list[Problem] = []
-        for checked in check(uri):
+        for checked in check(uri, trusted):
             count += 1
             problems += checked.problems
             for problem in () if as_json else checked.problems:

@@ -3,7 +3,8 @@
 Beside ``photo.tif`` lies ``photo.tif.json``, which names the fingerprint of the work and the SHA-256 and size of the
 image it belongs to. The record is written first and the image last. A kill between the writes leaves a record whose
 image is missing or an older one, and both are seen, because an output counts only if its bytes are those the record
-names. The PREMIS XML (``photo.tif.premis.xml``) is written between the two, so an output that counts has it.
+names. PREMIS XML (``photo.tif.premis.xml``) and content credentials (``photo.tif.c2pa``) are written between the two,
+so an output that counts has them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from supir_batch import encode, premis, store
+from supir_batch.signing import credentials_uri
 from supir_batch.types import Job, Sidecar
 
 _CHUNK = 2**20
@@ -30,6 +32,7 @@ class Committed:
     finished_at: str  # UTC, ISO 8601
     record_sha256: str = ""  # of the record beside it
     premis_sha256: str = ""  # of the PREMIS XML beside it; "" if none was written
+    c2pa_sha256: str = ""  # of the content credentials beside it; "" if it has none or holds them
 
 
 def output_uri(job: Job, source_format: str) -> str:
@@ -63,23 +66,36 @@ def committed(job: Job, fingerprint: str, source_format: str) -> Committed | Non
         return claim if file_sha256(path) == claim.sha256 else None
 
 
-def commit(output: Committed, image: Path, record: dict[str, object], sidecars: Collection[Sidecar]) -> Committed:
-    """Put the record, then the PREMIS XML if ``sidecars`` names it, then the image file, in place.
+def commit(
+    output: Committed,
+    image: Path,
+    record: dict[str, object],
+    sidecars: Collection[Sidecar],
+    credentials: bytes = b"",
+) -> Committed:
+    """Put the record, then PREMIS XML if ``sidecars`` names it, then credentials if there are any, then the image.
 
     ``record`` must hold what ``committed`` and premis.document read. Returns ``output`` with the hashes of what lies
     beside it.
     """
     xml = premis.document(record) if "premis" in sidecars else b""
-    output = replace(output, premis_sha256=hashlib.sha256(xml).hexdigest() if xml else "")
-    record = {**record, "sidecars": {"premis": output.premis_sha256} if xml else {}}
+    output = replace(output, premis_sha256=_sha256(xml), c2pa_sha256=_sha256(credentials))
+    hashes = {"premis": output.premis_sha256, "c2pa": output.c2pa_sha256}
+    record = {**record, "sidecars": {kind: digest for kind, digest in hashes.items() if digest}}
     text = (json.dumps(record, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode()
     store.write_atomic(record_uri(output.uri), text)
-    if xml:
-        store.write_atomic(premis_uri(output.uri), xml)
-    else:
-        store.delete(premis_uri(output.uri))  # that of an earlier output would speak of another image
+    for uri, data in ((premis_uri(output.uri), xml), (credentials_uri(output.uri), credentials)):
+        if data:
+            store.write_atomic(uri, data)
+        else:
+            store.delete(uri)  # that of an earlier output would speak of another image
     store.write_atomic(output.uri, image)
-    return replace(output, record_sha256=hashlib.sha256(text).hexdigest())
+    return replace(output, record_sha256=_sha256(text))
+
+
+def _sha256(data: bytes) -> str:
+    """In hex; "" for nothing."""
+    return hashlib.sha256(data).hexdigest() if data else ""
 
 
 def file_sha256(path: Path) -> str:
@@ -100,8 +116,9 @@ def _read_record(uri: str) -> tuple[str, Committed] | None:
         record = json.loads(text)
         output, finished_at = record["output"], str(record["run"]["finished_at"])
         digest = hashlib.sha256(text).hexdigest()
-        beside = str(record.get("sidecars", {}).get("premis", ""))
-        claim = Committed(uri, str(output["sha256"]), int(output["bytes"]), finished_at, digest, beside)
+        beside = record.get("sidecars", {})
+        hashes = (str(beside.get("premis", "")), str(beside.get("c2pa", "")))
+        claim = Committed(uri, str(output["sha256"]), int(output["bytes"]), finished_at, digest, *hashes)
         return str(record["fingerprint"]), claim
     except (ValueError, KeyError, TypeError, AttributeError):
         return None  # a foreign or damaged .json: the output does not count, and is made (and recorded) anew

@@ -102,7 +102,8 @@ def encode_strips(strips: Iterable[FloatImage], height: int, path: Path, spec: F
     """``encode`` for an image that comes from top to bottom, in strips [rows, w, bands, and one for alpha].
 
     Little more than one strip is in memory: the samples wait in an uncompressed TIFF beside ``path``, from which
-    libvips streams; a file of bare samples it would map into memory as a whole.
+    libvips streams; a file of bare samples it would map into memory as a whole. Only the codec of JPEG 2000 takes the
+    image whole.
     """
     waiting = path.with_name(f"{path.name}.samples")
     kept = (_without_alpha(strip) if spec.format == "jpeg" else strip for strip in strips)

@@ -65,7 +65,7 @@ def complaints(scores: GateScores, limits: GateLimits) -> list[str]:
     """What is wrong, in words with numbers; empty for an output that may be committed."""
     found = []
     if not scores.finite:
-        return ["values that are no numbers"]
+        return ["values that are no numbers"]  # never written: write.py refuses such a tile
     if scores.color_drift > limits.color_drift:
         found.append(f"color drift {scores.color_drift:.2f} above gate.color_drift {limits.color_drift:g}")
     if scores.similarity < limits.similarity:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from supir_batch import commit, metadata, probe, provenance, store
+from supir_batch import commit, metadata, probe, provenance, signing, store
 
 _SOURCE_TYPES = {
     provenance.GENERATIVE_SOURCE_TYPE: "a captured picture that generative software has altered",
@@ -38,24 +39,43 @@ _OURS = {
 }
 
 
-def inspect(uri: str) -> list[tuple[str, str]]:
+def inspect(uri: str, anchors: bytes | None = None) -> list[tuple[str, str]]:
     """Label and text of everything the image at ``uri`` and the record beside it say, in reading order.
 
+    ``anchors`` (certificates, PEM) say whose signature is to be trusted.
     Raises StoreError if it cannot be reached, ImageError if it is no image or its XMP cannot be read.
     """
     with store.local_copy(uri) as path:
         header = probe.probe(path)
         claims = metadata.read_claims(path)
         digest = commit.file_sha256(path)
+        signature = _signature(uri, path, header.format, anchors)
     lines = [
         ("file", uri),
         ("image", f"{header.format}, {header.width} x {header.height} pixels, {header.bit_depth} bits, {header.mode}"),
         ("SHA-256", digest),
         ("is", _nature(claims)),
+        ("signature", signature),
     ]
     for names in (_OURS, _PLAIN):
         lines += [(label, claims[key]) for key, label in names.items() if key in claims]
     return lines + _beside(uri, digest)
+
+
+def _signature(uri: str, path: Path, file_format: str, anchors: bytes | None) -> str:
+    if not signing.available():
+        return "not looked for; the extra c2pa is needed: pip install 'supir-batch[c2pa]'"
+    state = signing.beside(uri, path, file_format, anchors)
+    if state is None:
+        return "none"
+    match state.state:
+        case "Trusted":
+            return f"intact, by {state.signer}, for whom the anchors vouch"
+        case "Valid" if anchors is None:
+            return f"intact, says to be by {state.signer}; no anchors were given that could vouch for that"
+        case "Valid":
+            return f"intact, says to be by {state.signer}, for whom the anchors do NOT vouch"
+    return f"BROKEN: {'; '.join(state.reasons)}"
 
 
 def _nature(claims: Mapping[str, str]) -> str:

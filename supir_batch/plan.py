@@ -174,6 +174,7 @@ def _job(manifest: Manifest, source: Source, settings: Settings) -> Job:
         else None,
         captioner=(manifest.caption.model or "") if settings.captioner else "",
         sidecars=manifest.output.sidecars,
+        signing=manifest.signing.files,
     )
 
 

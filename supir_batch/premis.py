@@ -28,6 +28,7 @@ _CODES = {
     "message digest calculation": "mes",
     "creation": "cre",
     "metadata modification": "mem",
+    "digital signature generation": "dsg",
 }
 _IDENTIFIERS = uuid.uuid5(uuid.NAMESPACE_URL, "urn:x-supir-batch:premis")
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # characters that XML 1.0 cannot hold
@@ -115,6 +116,9 @@ def _events(record: Mapping[str, Any]) -> Iterator[_Event]:
     yield _Event("creation", finished, detail, False, "success", record["notice"])
     copied = "metadata of the source copied, and that of the reconstruction added: EXIF, IPTC IIM, XMP"
     yield _Event("metadata modification", finished, copied, False, "success", "; ".join(record["notes"]))
+    if record.get("signature"):
+        signer = ", ".join(f"{key} {value}" for key, value in sorted(record["signature"].items()))
+        yield _Event("digital signature generation", finished, "C2PA content credentials", False, "success", signer)
     yield _Event(
         "message digest calculation", finished, "of the finished output", False, "", f"SHA-256 {output['sha256']}"
     )

@@ -33,7 +33,7 @@ from pydantic import (
 
 from supir_batch import model_folder, store
 from supir_batch.errors import ManifestError
-from supir_batch.types import Compression, FewLevels, GateLimits, Settings, Sidecar, Source
+from supir_batch.types import Compression, FewLevels, GateLimits, Settings, Sidecar, SigningKey, Source
 from supir_model.config import (
     MODELS,
     TINY,
@@ -358,6 +358,35 @@ class Provenance(_Section):
     organization: str | None = Field(default=None, description="Institution in whose name this runs.")
 
 
+class Signing(_Section):
+    """Content credentials (C2PA) in or beside every output. Files are named here; the key itself never stands here."""
+
+    key: str | None = Field(default=None, min_length=1, description="File with the private key, PEM, unencrypted.")
+    certificates: str | None = Field(
+        default=None, min_length=1, description="File with the certificates, PEM: the key's own first, no root."
+    )
+    timestamp: str | None = Field(
+        default=None, min_length=1, description="Address of a time stamp authority; without, signatures expire."
+    )
+
+    @model_validator(mode="after")
+    def _files_together(self) -> Signing:
+        if any("-----BEGIN" in text for text in (self.key or "", self.certificates or "")):
+            raise ValueError("name files; a key or certificate itself must not stand in a manifest")
+        if (self.key is None) != (self.certificates is None):
+            raise ValueError("key and certificates go together; name both files or neither")
+        if self.timestamp is not None and self.key is None:
+            raise ValueError("timestamp is only used with key and certificates")
+        return self
+
+    @property
+    def files(self) -> SigningKey | None:
+        """What to sign with, None if nothing is signed."""
+        if self.key is None or self.certificates is None:
+            return None
+        return SigningKey(self.key, self.certificates, self.timestamp)
+
+
 class Runtime(_Section):
     """Where and how wide the work runs; never decides what an output looks like."""
 
@@ -392,6 +421,7 @@ class Manifest(_Section):
     tiling: Tiling = Tiling()
     gate: Gate = Gate()
     provenance: Provenance = Provenance()
+    signing: Signing = Signing()
     runtime: Runtime = Runtime()
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)  # dotted key -> manifest | environment | flag
@@ -599,6 +629,11 @@ def _make_absolute(data: dict[str, Any], folder: str) -> None:
     caption = data.get("caption")
     if isinstance(caption, dict) and isinstance(caption.get("model"), str) and is_model_folder(caption["model"]):
         data["caption"] = {**caption, "model": store.resolve(folder, caption["model"])}
+    signing = data.get("signing")
+    if isinstance(signing, dict):
+        files = {key: signing[key] for key in ("key", "certificates") if isinstance(signing.get(key), str)}
+        files = {key: store.resolve(folder, name) for key, name in files.items() if name and "-----" not in name}
+        data["signing"] = {**signing, **files}
 
 
 def _absolute_input(folder: str, reference: str) -> str:
@@ -709,6 +744,7 @@ def resolve(
     vae_tiling: VAETilingMode = manifest.tiling.vae_tiling if generative else "off"
     asked = manifest.caption if prompt_source == "llava" else None
     tau = sampling["restoration_tau"]
+    may_be_tiff = manifest.output.format in ("source", "tiff")
     return Settings(
         engine=engine.name,
         engine_name=config.display_name if generative else "Lanczos",
@@ -756,15 +792,16 @@ def resolve(
         few_levels=manifest.reading.few_levels,
         format=manifest.output.format,
         bit_depth=None if manifest.output.bit_depth == "source" else manifest.output.bit_depth,
-        compression=manifest.output.compression,
-        tiled=manifest.output.tiled or manifest.output.pyramid,
-        pyramid=manifest.output.pyramid,
+        compression=manifest.output.compression if may_be_tiff else "deflate",
+        tiled=may_be_tiff and (manifest.output.tiled or manifest.output.pyramid),
+        pyramid=may_be_tiff and manifest.output.pyramid,
         quality=manifest.output.quality,
         **{f"gate_{key}": value for key, value in dataclasses.asdict(_gate(manifest)).items()},
         notice=manifest.provenance.notice,
         operator=manifest.provenance.operator,
         organization=manifest.provenance.organization,
         accepted_license=engine.accept_license if generative and config.license in _ACCEPTANCE_NEEDED else None,
+        signed=manifest.signing.key is not None,
     )
 
 
@@ -902,6 +939,10 @@ def explain(manifest: Manifest) -> list[Explained]:
             explained.append(Explained(key, None, "only used by caption.mode llava"))
         elif key in unused:
             explained.append(Explained(key, 0.0, f"not used by sampler {sampler}"))
+        elif key in _TIFF_KEYS and manifest.output.format not in ("source", "tiff"):
+            explained.append(Explained(key, None, f"not used by format {manifest.output.format}"))
+        elif key == "output.tiled" and manifest.output.pyramid:
+            explained.append(Explained(key, True, "with output.pyramid"))
         elif key == "tiling.vae_tile" and manifest.tiling.vae_tiling == "off":
             explained.append(Explained(key, 0, "not used with tiling.vae_tiling off"))
         elif key in filled and value is None:
@@ -909,6 +950,9 @@ def explain(manifest: Manifest) -> list[Explained]:
         else:
             explained.append(Explained(key, value, manifest._origins.get(key, "manifest" if given else "default")))
     return explained
+
+
+_TIFF_KEYS = {f"output.{key}" for key in ("compression", "tiled", "pyramid")}
 
 
 def _flat(model: BaseModel, prefix: str = "") -> list[tuple[str, Any, bool]]:
@@ -946,9 +990,13 @@ _FLOAT_FIELDS = {key for key, hint in get_type_hints(Settings).items() if hint i
 
 @functools.lru_cache(maxsize=4096)  # most images of a run share their settings
 def settings_hash(settings: Settings) -> str:
-    """SHA-256 (hex) of the settings' canonical JSON: sorted keys, no spaces, floats by their shortest exact form."""
-    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    for key in _FLOAT_FIELDS:
+    """SHA-256 (hex) of the settings' canonical JSON: sorted keys, no spaces, floats by their shortest exact form.
+
+    The limits of the output gate are left out: who allows more for a few images does not want all others made anew.
+    """
+    names = [field.name for field in dataclasses.fields(settings) if not field.name.startswith("gate_")]
+    values = {name: getattr(settings, name) for name in names}
+    for key in _FLOAT_FIELDS & values.keys():
         if values[key] is not None:
             values[key] = float(values[key])  # 1 and 1.0 are the same setting
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)

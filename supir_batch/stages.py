@@ -171,7 +171,11 @@ class RestoreStage(_ModelStage[Engine]):
         pixels = list(batch["pixels"])
         restored = loaded.restore([tickets[i] for i in working], [pixels[i] for i in working])
         for i, tile in zip(working, restored, strict=True):
-            tickets[i], pixels[i] = _through_gate(loaded, tickets[i], pixels[i], tile)
+            try:
+                tickets[i], pixels[i] = _through_gate(loaded, tickets[i], pixels[i], tile)
+            except Exception as error:  # of a second attempt, which is this tile's alone
+                failure = failure_of(self.name, tickets[i].job.source, error)
+                tickets[i] = dataclasses.replace(tickets[i], failure=failure)
         batch["pixels"] = pixels
 
 

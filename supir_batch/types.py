@@ -111,6 +111,7 @@ class Settings:
     operator: str | None
     organization: str | None
     accepted_license: str | None
+    signed: bool  # with whose key is no setting: a certificate that is renewed makes no new work
 
     @property
     def gate(self) -> GateLimits:
@@ -159,6 +160,15 @@ class ModelRef:
 
 
 @dataclass(frozen=True)
+class SigningKey:
+    """Whose content credentials outputs get: where private key and certificates lie (PEM), and who stamps the time."""
+
+    key: str
+    certificates: str
+    timestamp: str | None = None  # address of a time stamp authority (RFC 3161)
+
+
+@dataclass(frozen=True)
 class Job:
     """One image and all that was decided about it before its pixels were read.
 
@@ -174,6 +184,7 @@ class Job:
     model: ModelRef | None = None  # None: the engine has none
     captioner: str = ""
     sidecars: tuple[Sidecar, ...] = ("json",)  # what is written beside the output; no part of what the image looks like
+    signing: SigningKey | None = None
 
 
 @dataclass(frozen=True)
@@ -276,3 +287,4 @@ class Outcome:
     finished_at: str = ""  # UTC, ISO 8601
     record_sha256: str = ""  # of the JSON beside the output
     premis_sha256: str = ""  # of the PREMIS XML beside the output; "" if none was written
+    c2pa_sha256: str = ""  # of the content credentials beside the output; "" if it has none or holds them

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from supir_batch import checksums, commit, metadata, probe, provenance, runlog, store, tiles
+from supir_batch import checksums, commit, metadata, probe, provenance, runlog, signing, store, tiles
 from supir_batch.captions import CAPTIONS_FOLDER
 from supir_batch.errors import ImageError, ManifestError
 from supir_batch.parts import PARTS_FOLDER
@@ -19,7 +19,7 @@ _OWN_FOLDERS = (runlog.RUNS_FOLDER, CAPTIONS_FOLDER, PARTS_FOLDER, IIIF_FOLDER, 
 
 
 class Problem(NamedTuple):
-    """What is wrong with one file. ``kind``: missing, changed, stripped, geometry, foreign or unfinished."""
+    """What is wrong with one file. ``kind``: missing, changed, stripped, geometry, signature, foreign or unfinished."""
 
     uri: str
     kind: str
@@ -34,8 +34,11 @@ class Checked:
     problems: tuple[Problem, ...]
 
 
-def verify(output_uri: str) -> Iterator[Checked]:
+def verify(output_uri: str, anchors: bytes | None = None) -> Iterator[Checked]:
     """Check the images that the log of ``output_uri`` says are done, then look for what nobody put there.
+
+    Signatures must be by somebody whom ``anchors`` (certificates, PEM) vouch for; without anchors it is enough that
+    they are intact, whoever made them.
 
     Of each image the newest row that says ``done`` counts. Raises ManifestError if there is no log, StoreError if the
     output cannot be read.
@@ -50,7 +53,7 @@ def verify(output_uri: str) -> Iterator[Checked]:
         uri = store.join(output_uri, path)  # where it lies now: the whole folder may have been moved since
         sidecars = {store.join(output_uri, name): digest for name, digest in checksums.sidecars(row).items()}
         known |= {uri, *sidecars}
-        yield Checked(uri, (*_image(uri, row), *_beside(sidecars)))
+        yield Checked(uri, (*_image(uri, row, anchors), *_beside(sidecars)))
     if store.exists(listed):
         yield Checked(listed, tuple(_list(listed, checksums.text(rows.values()))))
     folders = tuple(store.join(output_uri, folder) + "/" for folder in _OWN_FOLDERS)
@@ -66,7 +69,7 @@ def verify(output_uri: str) -> Iterator[Checked]:
         yield Checked(found.uri, (problem,))
 
 
-def _image(uri: str, row: dict[str, Any]) -> Iterator[Problem]:
+def _image(uri: str, row: dict[str, Any], anchors: bytes | None) -> Iterator[Problem]:
     if not store.exists(uri):
         yield Problem(uri, "missing", "the log says it is done; run again")
         return
@@ -77,6 +80,7 @@ def _image(uri: str, row: dict[str, Any]) -> Iterator[Problem]:
         try:
             header = probe.probe(path)
             claims = metadata.read_claims(path)
+            state = signing.beside(uri, path, header.format, anchors) if row["setting_signed"] else None
         except ImageError as error:
             yield Problem(uri, "changed", f"it cannot be read: {error}")
             return
@@ -89,6 +93,17 @@ def _image(uri: str, row: dict[str, Any]) -> Iterator[Problem]:
     for key, value in _marks(row).items():
         if claims.get(key) != value:
             yield Problem(uri, "stripped", f"{key} is {claims.get(key, 'gone')}, it must be {value}")
+    if row["setting_signed"]:
+        yield from _signature(uri, state, anchors)
+
+
+def _signature(uri: str, state: signing.State | None, anchors: bytes | None) -> Iterator[Problem]:
+    wanted = ("Valid", "Trusted") if anchors is None else ("Trusted",)
+    if state is None:
+        yield Problem(uri, "stripped", "its content credentials are gone, the log says it was signed")
+    elif state.state not in wanted:
+        why = "; ".join(state.reasons) or f"no anchor vouches for {state.signer}"
+        yield Problem(uri, "signature", f"its signature is {state.state}, not {wanted[-1]}: {why}")
 
 
 def _marks(row: dict[str, Any]) -> dict[str, str]:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from supir_batch import color, commit, encode, gate, metadata, parts, provenance, released, resample, store
+from supir_batch import color, commit, encode, gate, metadata, parts, provenance, released, resample, signing, store
 from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.commit import Committed
 from supir_batch.errors import ImageError, StoreError
 from supir_batch.parts import Part
 from supir_batch.settings import item_seed, second_seed
+from supir_batch.signing import Signed
 from supir_batch.stitch import Stitched
 from supir_batch.types import Failure, FloatImage, ImageFacts, Outcome, Settings, TileBox, TileTicket
 
@@ -52,6 +53,7 @@ def _done(ticket: TileTicket, output: Committed) -> Outcome:
         output.finished_at,
         output.record_sha256,
         output.premis_sha256,
+        output.c2pa_sha256,
     )
 
 
@@ -162,12 +164,25 @@ def _finish(
         written = packet_notes if big else metadata.write_metadata(path, source_metadata, record)
         if spec.format == "tiff" and spec.pyramid:
             encode.add_pyramid(path, spec)
+        signed = _sign(path, ticket, facts, record, store.name(output)) if job.signing is not None else None
         encode.check_file(path, facts.output_width, facts.output_height, spec, facts.bands, facts.has_alpha)
         result = Committed(output, commit.file_sha256(path), path.stat().st_size, _now())
         told = dataclasses.replace(facts, notes=(*record.notes, *written))
         finished = watch.record(dataclasses.replace(ticket, facts=told))
-        result = commit.commit(result, path, _sidecar(finished, record, result), job.sidecars)
+        told_beside = _sidecar(finished, record, result) | {"signature": signed.signer if signed else None}
+        result = commit.commit(result, path, told_beside, job.sidecars, signed.credentials if signed else b"")
     return _done(finished, result)
+
+
+def _sign(path: Path, ticket: TileTicket, facts: ImageFacts, record: provenance.ProvenanceRecord, name: str) -> Signed:
+    """Sign the finished file with the key of the job; the credentials hold the hash of the source itself."""
+    job = ticket.job
+    if job.signing is None:
+        raise ValueError("the job names no key")
+    with store.local_copy(job.source.uri) as original:
+        if commit.file_sha256(original) != facts.sha256:
+            raise ImageError("changed", "its source was changed while it was restored; run again")
+        return signing.sign(path, record, name, original, job.signing)
 
 
 def _of_image(ticket: TileTicket, facts: ImageFacts, found: Sequence[Part]) -> TileTicket:

@@ -189,10 +189,10 @@ class SupirModel:
         """Compute in float32 for a while; weights held in half precision are widened and come back as they were."""
         held = {name: parameter.dtype for name, parameter in self.networks.named_parameters()}
         formats, first = self._formats, self._first
-        self._formats = FORMATS["float32"]
-        self._first = FirstStage(self.networks.vae, self.config, self.device, "float32")
-        self.networks.float()
         try:
+            self.networks.float()  # may run out of memory half-way
+            self._formats = FORMATS["float32"]
+            self._first = FirstStage(self.networks.vae, self.config, self.device, "float32")
             yield
         finally:
             self._formats, self._first = formats, first

@@ -69,6 +69,7 @@ SUPIR_BATCH = [
     "gate",
     "provenance",
     "premis",
+    "signing",
     "metadata",
     "encode",
     "commit",
@@ -106,6 +107,8 @@ ONLY = {
     "pydantic": {"supir_batch.settings", "supir_batch.manifest", "supir_model.training.recipe"},
     "yaml": {"supir_batch.settings", "supir_model.training.recipe"},
     "typer": {"supir_batch.cli"},
+    "c2pa": {"supir_batch.signing"},
+    "cryptography": {"supir_batch.signing"},
     "huggingface_hub": {"supir_batch.models"},
 }
 FORBIDDEN_IN_MODEL = {"supir_batch", "ray", "fsspec", "s3fs", "pyvips", "pyarrow", "tifffile"}

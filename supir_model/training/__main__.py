@@ -1,9 +1,11 @@
 """Train a model, stage by stage.
 
-    python -m supir_model.training tiny-vae            --data PHOTOGRAPHS --into FOLDER
-    python -m supir_model.training tiny-robust-encoder --data PHOTOGRAPHS --into FOLDER
-    python -m supir_model.training tiny-joint          --data PHOTOGRAPHS --into FOLDER
-    python -m supir_model.training export              --into FOLDER
+    python -m supir_model.training tiny-vae                   --data PHOTOGRAPHS --into FOLDER
+    python -m supir_model.training tiny-robust-encoder        --data PHOTOGRAPHS --into FOLDER
+    python -m supir_model.training tiny-robust-encoder-polish --data PHOTOGRAPHS --into FOLDER
+    python -m supir_model.training tiny-joint                 --data PHOTOGRAPHS --into FOLDER
+    python -m supir_model.training tiny-joint-polish          --data PHOTOGRAPHS --into FOLDER
+    python -m supir_model.training export                     --into FOLDER
 
 RECIPE is one of the project's own (see the end) or a YAML file like them. A stage reads FOLDER/model.safetensors of the
 stage before it and replaces it when done; a stage that is interrupted continues where it was. vae starts from nothing;

@@ -12,7 +12,7 @@ import pytest
 
 from supir_batch.decode import decode
 from supir_batch.settings import settings_hash
-from supir_batch.types import FloatImage, Job, Outcome, Settings, Sidecar, Source
+from supir_batch.types import FloatImage, Job, Outcome, Settings, Sidecar, SigningKey, Source
 from supir_batch.write import write
 
 NOTICE = "AI-assisted reconstruction; details may not be in the original"
@@ -76,6 +76,7 @@ PLAIN = Settings(
     operator=None,
     organization=None,
     accepted_license=None,
+    signed=False,
 )
 
 MakeJob = Callable[..., Job]
@@ -92,6 +93,7 @@ def make_job(tmp_path: Path) -> MakeJob:
         sha256: str | None = None,
         folder: str = "out",
         sidecars: tuple[Sidecar, ...] = ("json",),
+        signing: SigningKey | None = None,
         **settings: object,
     ) -> Job:
         chosen = dataclasses.replace(PLAIN, **settings)
@@ -99,7 +101,7 @@ def make_job(tmp_path: Path) -> MakeJob:
         source = Source(path.name, str(path), "list.csv:2", path.name, "v1", size, sha256=sha256)
         output = tmp_path / folder
         stem = str(output / path.stem)
-        return Job(source, chosen, settings_hash(chosen), stem, str(output), sidecars=sidecars)
+        return Job(source, chosen, settings_hash(chosen), stem, str(output), sidecars=sidecars, signing=signing)
 
     return make
 

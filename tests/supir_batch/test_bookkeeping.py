@@ -46,3 +46,22 @@ def test_a_stopwatch_shares_its_time(make_job: MakeJob, tmp_path: Path) -> None:
     assert (record.stage, record.device) == ("restore", "cuda:0")
     assert 0.01 <= record.seconds < 5
     assert record.peak_memory_bytes > 1_000_000
+
+
+def test_the_peak_is_that_of_the_stage_alone(make_job: MakeJob, tmp_path: Path) -> None:
+    ticket = TileTicket(make_job(tmp_path / "a.png"))
+    block = bytearray(80 * 2**20)
+    block[::4096] = b"x" * len(block[::4096])
+    watch = Stopwatch("decode")
+    held = watch.record(ticket).records[0].peak_memory_bytes
+    del block
+    after = Stopwatch("decode").record(ticket).records[0].peak_memory_bytes
+    assert held - after > 60 * 2**20
+
+
+def test_a_system_that_does_not_tell_the_peak_gives_that_of_the_process(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_: "Name: python\nVmRSS: 10 kB\n")
+    peak = Stopwatch("decode").record(TileTicket(make_job(tmp_path / "a.png"))).records[0].peak_memory_bytes
+    assert peak > 10 * 2**20

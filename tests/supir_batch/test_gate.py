@@ -168,6 +168,20 @@ def test_an_image_that_fails_twice_has_no_output_but_scores(source: Path, make_j
     assert not list(source.parent.glob("out/*.png*"))
 
 
+def test_a_second_attempt_that_breaks_fails_its_own_tile_only(source: Path, make_job: MakeJob) -> None:
+    class _Breaking(_Faulty):
+        def restore_again(self, ticket: TileTicket, tile: FloatImage) -> FloatImage | None:
+            raise MemoryError
+
+    job = make_job(source, max_pixels=160 * 160)
+    stage = RestoreStage(None, "cpu")
+    stage._loaded = _Breaking({1}, hopeless=False)
+    tiles = list(decode(job, 16))
+    result = stage({"ticket": [pickle.dumps(tile.ticket) for tile in tiles], "pixels": [tile.pixels for tile in tiles]})
+    failures = [pickle.loads(ticket).failure for ticket in result["ticket"]]
+    assert [failure and failure.kind for failure in failures] == [None, "out-of-memory", None]
+
+
 def test_of_a_cut_image_only_the_bad_tile_is_tried_again(source: Path, make_job: MakeJob) -> None:
     job, engine = make_job(source, max_pixels=160 * 160), _Faulty({1}, hopeless=False)
     row = restored(job, engine)

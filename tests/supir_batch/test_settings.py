@@ -340,13 +340,14 @@ def settings(tmp_path: Path) -> Settings:
     return resolve(load(tmp_path, MINIMAL), SOURCE, "hash")
 
 
-def test_every_setting_is_part_of_the_hash(settings: Settings) -> None:
+def test_every_setting_but_the_limits_of_the_gate_is_part_of_the_hash(settings: Settings) -> None:
     hashes = {settings_hash(settings)}
     for field in dataclasses.fields(Settings):
         value = getattr(settings, field.name)
         changed = value + 1 if isinstance(value, int | float) else f"{value}x"
         hashes.add(settings_hash(dataclasses.replace(settings, **{field.name: changed})))  # type: ignore[arg-type]
-    assert len(hashes) == 1 + len(dataclasses.fields(Settings))
+    gate = [field for field in dataclasses.fields(Settings) if field.name.startswith("gate_")]
+    assert len(hashes) == 1 + len(dataclasses.fields(Settings)) - len(gate)
 
 
 def test_the_hash_does_not_depend_on_how_a_number_is_written(settings: Settings) -> None:
@@ -370,9 +371,9 @@ def test_the_hash_stays_what_it_was() -> None:
         run_seed=0, seed=None, page=1, few_levels="expand",
         format="source", bit_depth=None, compression="deflate", tiled=False, pyramid=False,
         quality=None, gate_color_drift=5.0, gate_similarity=0.85, gate_dead=0.02, gate_seam=0.05,
-        notice="n", operator=None, organization=None, accepted_license=None,
+        notice="n", operator=None, organization=None, accepted_license=None, signed=False,
     )  # fmt: skip
-    assert settings_hash(fixed) == "96dd9dcd7f8d9d70a3b07facb0df24647ed5ea7280a898dcc80ee8c675cd9280"
+    assert settings_hash(fixed) == "f1c586e5740a78571274974d72d64372be7c2dcbb22294c95763c5023d1e6d64"
 
 
 def test_sidecars_are_known_always_hold_the_record_and_make_no_new_work(tmp_path: Path) -> None:
@@ -385,6 +386,26 @@ def test_sidecars_are_known_always_hold_the_record_and_make_no_new_work(tmp_path
     for wrong, message in refused.items():
         with pytest.raises(ManifestError, match=message):
             load(tmp_path, MINIMAL, {"output.sidecars": wrong})
+
+
+def test_limits_of_the_gate_identify_no_work(tmp_path: Path) -> None:
+    close, free = (
+        resolve(load(tmp_path, MINIMAL + f"gate: {{color_drift: {limit}}}\n"), SOURCE, "ab") for limit in (2.0, 9.0)
+    )
+    assert (close.gate.color_drift, free.gate.color_drift) == (2.0, 9.0)
+    assert settings_hash(close) == settings_hash(free)
+
+
+def test_what_only_a_tiff_has_is_neutral_elsewhere(tmp_path: Path) -> None:
+    def settings(output: str) -> Settings:
+        return resolve(load(tmp_path, f"inputs: photos\noutput: {{uri: restored, {output}}}\n"), SOURCE, "ab")
+
+    assert settings_hash(settings("format: png, compression: lzw")) == settings_hash(settings("format: png"))
+    assert settings("format: tiff, pyramid: true").tiled
+    shown = explain(load(tmp_path, "inputs: photos\noutput: {uri: restored, pyramid: true}\n"))
+    assert ("output.tiled", True, "with output.pyramid") in shown
+    shown = explain(load(tmp_path, "inputs: photos\noutput: {uri: restored, format: png}\n"))
+    assert ("output.compression", None, "not used by format png") in shown
 
 
 def test_fingerprint_depends_on_both() -> None:

@@ -100,6 +100,21 @@ def test_computing_in_float32_for_a_while(model: SupirModel, precision: Precisio
     assert torch.equal(half.restore([request], QUICK)[0], before)
 
 
+def test_a_widening_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = SupirModel.load("tiny", device="cpu", precision="bfloat16")
+    request = Request(picture(32, 32), "a photograph", "blurry", seed=1)
+    before = half.restore([request], QUICK)[0]
+
+    def half_way() -> None:
+        half.networks.unet.to(torch.float32)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(half.networks, "float", half_way)
+    with pytest.raises(torch.OutOfMemoryError), half.in_float32():
+        pass
+    assert torch.equal(half.restore([request], QUICK)[0], before)
+
+
 def test_the_first_stage_alone_sees_the_same_and_holds_the_vae_only(model: SupirModel) -> None:
     alone = FirstStage.load("tiny", "cpu")
     assert torch.equal(alone.see(picture(40, 56)), model.first_stage(picture(40, 56)))
