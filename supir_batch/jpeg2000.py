@@ -23,6 +23,7 @@ from supir_batch.levels import Levels, spread
 
 CODESTREAM = b"\xff\x4f\xff\x51"  # SOC, SIZ
 _END = b"\xff\xd9"  # EOC
+_TILE_PART = b"\xff\x90"  # SOT
 JP2 = b"\x00\x00\x00\x0cjP  \r\n\x87\n"
 
 _XMP_BOX = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")
@@ -88,6 +89,7 @@ def read_samples(path: Path, header: Jpeg2000) -> Levels:
         data = _read(stream, header.start, header.length, limit=None)
     if not data.endswith(_END):  # the codec would answer a cut codestream with whatever it has of it
         raise ImageError("truncated", "its codestream has no end; get a whole copy of the file")
+    _check_tiles(data)
     try:
         levels = imagecodecs.jpeg2k_decode(data)
     except (imagecodecs.Jpeg2kError, ValueError) as error:
@@ -233,6 +235,27 @@ def _size_marker(data: bytes) -> tuple[int, int, list[int]]:
     if max(bits) > 16:
         raise ImageError("unsupported", f"a JPEG 2000 with {max(bits)} bits per sample is not read; convert it to 16")
     return right - left, bottom - top, bits
+
+
+def _check_tiles(data: bytes) -> None:
+    """Refuse a codestream that lacks a tile, or the end of one: the codec would make it grey (A.4.2, B.3)."""
+    right, bottom, _, _, width, height, left, top = struct.unpack_from(">8I", data, 8)
+    if not width or not height or left >= right or top >= bottom:
+        raise ImageError("damaged", "its JPEG 2000 codestream has a broken header; get a sound copy of the file")
+    count = -(-(right - left) // width) * -(-(bottom - top) // height)
+    at = len(CODESTREAM) - 2
+    while data[at : at + 2] != _TILE_PART and at + 4 <= len(data):  # segments of the main header
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    end = len(data) - len(_END)
+    seen: set[int] = set()
+    while data[at : at + 2] == _TILE_PART and at + 12 <= end:
+        tile, length = struct.unpack_from(">HI", data, at + 4)
+        seen.add(tile)
+        at = at + length if length else end  # 0: to the end of the codestream
+        if length and (length < 14 or at > end):
+            raise ImageError("truncated", f"its tile {tile} is not whole; get a whole copy of the file")
+    if len(seen) != count:
+        raise ImageError("truncated", f"it holds {len(seen)} of {count} tiles; get a whole copy of the file")
 
 
 def _read(stream: BinaryIO, start: int, length: int, limit: int | None = _BOX_LIMIT) -> bytes:

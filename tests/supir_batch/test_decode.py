@@ -280,11 +280,12 @@ def test_a_flipped_byte_in_an_lzw_tiff_is_seen_by_its_hash_alone(
     assert _failed(make_job(path, sha256=good)) == "hash-mismatch"
 
 
-def test_a_rewritten_file_gives_its_new_pixels(tmp_path: Path, make_job: MakeJob) -> None:
-    path = tmp_path / "a.png"
+@pytest.mark.parametrize("name", ["a.tif", "a.png", "a.jpg", "a.webp", "a.avif"])
+def test_a_rewritten_file_gives_its_new_pixels(tmp_path: Path, make_job: MakeJob, name: str) -> None:
+    path = tmp_path / name
     for level in (10, 200):
-        Image.new("L", (16, 16), level).save(path)
-        assert np.rint(_only(make_job(path)).pixels * 255).max() == level
+        Image.new("RGB", (16, 16), (level,) * 3).save(path)
+        assert _only(make_job(path)).pixels.max() * 255 == pytest.approx(level, abs=3)
 
 
 # ------------------------------------------------------------------------------------------------ nothing escapes

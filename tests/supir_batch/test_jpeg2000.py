@@ -170,6 +170,46 @@ def test_a_cut_file_is_truncated(tmp_path_factory: pytest.TempPathFactory, keep:
             read_srgb(path)  # probes it first
 
 
+@pytest.fixture
+def tiled(tmp_path: Path, rng: np.random.Generator) -> Path:
+    """A bare codestream of 6 tiles."""
+    path = tmp_path / "a.j2k"
+    levels = rng.integers(0, 256, (100, 150, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(path, no_jp2=True, tile_size=(64, 64), irreversible=False)
+    np.testing.assert_array_equal(samples(path), levels)
+    return path
+
+
+def refusal(path: Path) -> ImageError:
+    with pytest.raises(ImageError) as caught:
+        samples(path)
+    return caught.value
+
+
+def test_a_cut_codestream_with_an_end_put_to_it_is_truncated(tiled: Path) -> None:
+    """The codec would make the missing part grey."""
+    data = tiled.read_bytes()
+    tiled.write_bytes(data[: len(data) * 2 // 3])
+    assert refusal(tiled).kind == "truncated"
+    tiled.write_bytes(data[: len(data) * 2 // 3] + b"\xff\xd9")
+    assert "is not whole" in str(refusal(tiled))
+
+
+def test_a_missing_tile_is_no_grey_one(tiled: Path) -> None:
+    data = tiled.read_bytes()
+    start = data.index(b"\xff\x90\x00\x0a")
+    (length,) = struct.unpack_from(">I", data, start + 6)
+    tiled.write_bytes(data[:start] + data[start + length :])
+    assert "5 of 6 tiles" in str(refusal(tiled))
+
+
+def test_a_size_that_the_tiles_do_not_cover(tiled: Path) -> None:
+    data = bytearray(tiled.read_bytes())
+    struct.pack_into(">II", data, 8, 3000, 3000)
+    tiled.write_bytes(data)
+    assert "6 of 2209 tiles" in str(refusal(tiled))
+
+
 @given(data=st.binary(max_size=300))
 def test_noise_after_the_signature_is_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     for start in (jpeg2000.JP2, jpeg2000.CODESTREAM):

@@ -148,6 +148,19 @@ def test_a_kilobyte_of_tiff_that_claims_100_gigabytes(tmp_path: Path, tag: str, 
     assert _kind(path) == "too-large"
 
 
+def test_tiles_far_larger_than_their_image(tmp_path: Path) -> None:
+    """What the file's size alone would allow."""
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.zeros((16, 16), np.uint8), tile=(16, 16), metadata=None)
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        for name in ("TileWidth", "TileLength"):
+            tif.pages.first.tags[name].overwrite(32_768)
+    path.write_bytes(path.read_bytes() + bytes(2 * 2**20))
+    with pytest.raises(ImageError, match="tiles take 1073741824 bytes") as caught:
+        probe(path)
+    assert caught.value.kind == "too-large"
+
+
 def test_a_header_whose_error_quotes_bytes_that_are_no_text(tmp_path: Path) -> None:
     """pyvips cannot say such an error, and would fail to say any later one."""
     exif, buffer = Image.Exif(), io.BytesIO()
