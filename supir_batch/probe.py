@@ -305,7 +305,7 @@ def _from_jpeg2000(found: jpeg2000.Jpeg2000) -> Header:
 def _check_limits(header: Header, file_bytes: int, max_pixels: int) -> None:
     size = f"{header.width} x {header.height} pixels"
     if header.width * header.height > max_pixels:
-        raise ImageError("too-large", f"the header declares {size}, above the limit of {max_pixels}; split the image or raise it")
+        raise ImageError("too-large", f"the header declares {size}, above the limit of {max_pixels}; split the image")
     raw = header.raw_bytes
     if raw > EXPANSION_FREE_BYTES and raw > _MAX_PADDING * header.width * header.height * header.bands:
         raise ImageError(
