@@ -37,6 +37,8 @@ _LIMITS: dict[OutputFormat, int] = {"jpeg": 65535, "webp": 16383}  # pixels per 
 _EIGHT_BIT: tuple[OutputFormat, ...] = ("jpeg", "webp")
 _JPEG_QUALITY = 95
 _TILE = 256  # pixels
+# as libvips writes them on the first page; tifffile's own "deflate" is an obsolete number for the same data
+_TIFFFILE_COMPRESSIONS: dict[Compression, str] = {"deflate": "adobe_deflate", "lzw": "lzw", "none": "none"}
 _KEEP_XMP, _KEEP_ICC = 2, 8  # libvips' VipsForeignKeep flags
 _UNCLAIMED_DPI = 72.0  # written, then unmarked again, where the source claims no resolution
 
@@ -217,7 +219,7 @@ def add_pyramid(path: Path, spec: FileSpec) -> None:
                 shape=(small.height, small.width, small.bands)[: 2 if small.bands == 1 else 3],
                 dtype=np.uint16 if spec.bit_depth == 16 else np.uint8,
                 tile=(_TILE, _TILE),
-                compression=spec.compression,
+                compression=_TIFFFILE_COMPRESSIONS[spec.compression],
                 predictor=spec.compression != "none",
                 photometric="minisblack" if small.bands <= 2 else "rgb",
                 planarconfig="contig" if small.bands > 1 else None,

@@ -57,7 +57,7 @@ def _write(output_uri: str, base: str, one: Deliverable) -> dict[str, Any]:
     ):
         if store.sha256(uri) != digest:
             raise StoreError(f"{uri}: is not the file the log speaks of; it was changed since and is not shown")
-        pixels: FloatImage = pictures.picture(uri, _LONGER_SIDE, page)
+        pixels: FloatImage = pictures.picture(uri, _LONGER_SIDE, page, digest)
         sizes[name] = (pixels.shape[1], pixels.shape[0])
         store.write_atomic(store.join(output_uri, IIIF_FOLDER, one.path, f"{name}.jpg"), pictures.jpeg(pixels))
     manifest = _manifest(base, one, sizes)

@@ -46,7 +46,7 @@ def inspect(uri: str, anchors: bytes | None = None) -> list[tuple[str, str]]:
     Raises StoreError if it cannot be reached, ImageError if it is no image or its XMP cannot be read.
     """
     with store.local_copy(uri) as path:
-        header = probe.probe(path)
+        header = probe.read_header(path)  # no limits: nothing is decoded
         claims = metadata.read_claims(path)
         digest = commit.file_sha256(path)
         signature = _signature(uri, path, header.format, anchors)

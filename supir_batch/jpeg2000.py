@@ -19,7 +19,7 @@ import imagecodecs
 import numpy as np
 
 from supir_batch.errors import ImageError
-from supir_batch.levels import Levels, spread
+from supir_batch.levels import Levels, spread, unassociate
 
 CODESTREAM = b"\xff\x4f\xff\x51"  # SOC, SIZ
 _END = b"\xff\xd9"  # EOC
@@ -31,11 +31,15 @@ _BOX_LIMIT = 64 * 2**20  # bytes of a box that is read into memory
 _BOXES = 10_000  # of a file
 _METRE = 0.0254  # of an inch
 _SRGB, _GREY = 16, 17  # enumerated color spaces (table I.10)
+_COLOR, _ALPHA, _PREMULTIPLIED = 0, 1, 2  # Typ of a channel (table I.16)
+_WHOLE_IMAGE = 0  # Asoc of a channel that belongs to no single color (table I.17)
 
 
 @dataclass(frozen=True)
 class Jpeg2000:
     """What a file declares. ``bits`` of every sample; ``dpi`` (x, y) as captured, None where nothing is said.
+
+    ``premultiplied``: colors are multiplied by alpha, as stored.
 
     ``start`` and ``length`` say where the codestream lies, in bytes. ``xmp`` is the packet, b"" if there is none.
     """
@@ -45,6 +49,7 @@ class Jpeg2000:
     components: int
     bits: int
     has_alpha: bool
+    premultiplied: bool
     icc: bytes | None
     dpi: tuple[float, float] | None
     xmp: bytes
@@ -57,14 +62,14 @@ def read_header(path: Path) -> Jpeg2000:
     size = path.stat().st_size
     icc: bytes | None = None
     dpi: tuple[float, float] | None = None
-    xmp, has_alpha, found = b"", None, None
+    xmp, channels, found = b"", None, None
     with path.open("rb") as stream:
         if stream.read(4) == CODESTREAM:
             found = (0, size)
         else:
             for kind, start, length in _boxes(stream, 0, size):
                 if kind == b"jp2h":
-                    icc, has_alpha, dpi = _header_box(stream, start, length)
+                    icc, channels, dpi = _header_box(stream, start, length)
                 elif kind == b"uuid" and _read(stream, start, 16) == _XMP_BOX:
                     xmp = _read(stream, start + 16, length - 16)
                 elif kind == b"jp2c" and found is None:
@@ -75,15 +80,16 @@ def read_header(path: Path) -> Jpeg2000:
     components = len(bits)
     if len(set(bits)) > 1 or components > 4:
         raise ImageError("unsupported", f"a JPEG 2000 of {components} components with {bits} bits is not read")
-    if has_alpha is None:
-        has_alpha = components in (2, 4)
-    return Jpeg2000(width, height, components, bits[0], has_alpha, icc, dpi, xmp, *found)
+    alpha = _alpha(channels, components)
+    return Jpeg2000(
+        width, height, components, bits[0], alpha is not None, alpha == _PREMULTIPLIED, icc, dpi, xmp, *found
+    )
 
 
 def read_samples(path: Path, header: Jpeg2000) -> Levels:
     """Decode [h, w, components]: uint8 up to 8 bits, uint16 above, spread over the whole range of that type.
 
-    Raises ImageError ``damaged``.
+    Colors that are multiplied by alpha are divided by it. Raises ImageError ``damaged``.
     """
     with path.open("rb") as stream:
         data = _read(stream, header.start, header.length, limit=None)
@@ -98,7 +104,8 @@ def read_samples(path: Path, header: Jpeg2000) -> Levels:
         levels = levels[..., None]
     if levels.shape != (header.height, header.width, header.components) or levels.dtype not in (np.uint8, np.uint16):
         raise ImageError("damaged", f"its codestream holds {levels.shape} {levels.dtype}, not what its header says")
-    return spread(levels, header.bits)
+    levels = spread(levels, header.bits)
+    return unassociate(levels) if header.premultiplied else levels
 
 
 def encode(levels: Levels, icc: bytes | None, dpi: tuple[float, float] | None, psnr: int | None) -> bytes:
@@ -182,10 +189,10 @@ def _boxes(stream: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int,
 
 def _header_box(
     stream: BinaryIO, start: int, length: int
-) -> tuple[bytes | None, bool | None, tuple[float, float] | None]:
-    """ICC profile, whether the last channel is alpha (None: not said), and resolution of a ``jp2h`` box."""
+) -> tuple[bytes | None, bytes | None, tuple[float, float] | None]:
+    """ICC profile, contents of the ``cdef`` box, and resolution of a ``jp2h`` box; None: not said."""
     icc: bytes | None = None
-    has_alpha: bool | None = None
+    channels: bytes | None = None
     dpi: tuple[float, float] | None = None
     seen_color = False
     for kind, at, size in _boxes(stream, start, start + length):
@@ -198,12 +205,34 @@ def _header_box(
                 icc = body[3:]
             elif body[0] == 1 and size >= 7 and (space := int.from_bytes(body[3:7], "big")) not in (_SRGB, _GREY):
                 raise ImageError("unsupported", f"JPEG 2000 color space {space} is not read; convert it to grey or RGB")
-        if kind == b"cdef" and size >= 2:
-            kinds = [struct.unpack_from(">H", body, 4 + 6 * i)[0] for i in range((size - 2) // 6)]
-            has_alpha = any(kinds)
+        if kind == b"cdef":
+            channels = body
         if kind == b"res ":
             dpi = _resolution(stream, at, size)
-    return icc, has_alpha, dpi
+    return icc, channels, dpi
+
+
+def _alpha(channels: bytes | None, components: int) -> int | None:
+    """What kind of alpha the last component is, None if it is a color: by a ``cdef`` box (I.5.3.6), or by their number.
+
+    Raises ImageError ``unsupported`` where the others are not grey or red, green, blue in this order.
+    """
+    if channels is None:
+        return _ALPHA if components in (2, 4) else None
+    count = min(components + 1, max(0, len(channels) - 2) // 6)  # one more than there may be is enough to see
+    said = sorted(struct.iter_unpack(">3H", channels[2 : 2 + 6 * count]))
+    colors = 1 if components <= 2 else 3
+    meant = [(index, _COLOR, index + 1) for index in range(colors)]
+    if said == meant and components == colors:
+        return None
+    for kind in (_ALPHA, _PREMULTIPLIED):
+        if said == [*meant, (colors, kind, _WHOLE_IMAGE)] and components == colors + 1:
+            return kind
+    raise ImageError(
+        "unsupported",
+        f"a JPEG 2000 of {components} components with the channels (number, type, association) {said} is not read; "
+        "convert it to grey or RGB, with alpha last if it has one",
+    )
 
 
 def _resolution(stream: BinaryIO, start: int, length: int) -> tuple[float, float] | None:

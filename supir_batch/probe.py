@@ -99,11 +99,20 @@ class Header:
 def probe(path: Path, page: int = 1, max_pixels: int = MAX_PIXELS) -> Header:
     """Read the header of ``path`` (of ``page`` of a TIFF) and check it against limits; decodes no pixel.
 
-    Raises ImageError with kind ``empty``, ``not-an-image``, ``unsupported``, ``no-such-page``, ``too-large``,
-    ``truncated`` or ``damaged``.
+    Raises ImageError with kind ``too-large``, and as ``read_header`` does.
     """
-    file_bytes = path.stat().st_size
-    if file_bytes == 0:
+    header = read_header(path, page)
+    _check_limits(header, path.stat().st_size, max_pixels)
+    return header
+
+
+def read_header(path: Path, page: int = 1) -> Header:
+    """What the header of ``path`` declares, whatever its size: to decode such a file, be sure of its bytes.
+
+    A blank output may be packed more tightly than any source may be. Raises ImageError with kind ``empty``,
+    ``not-an-image``, ``unsupported``, ``no-such-page``, ``truncated`` or ``damaged``.
+    """
+    if path.stat().st_size == 0:
         raise ImageError("empty", "the file is 0 bytes; upload it again or remove it from the inputs")
     with path.open("rb") as stream:
         head = stream.read(64)
@@ -125,7 +134,10 @@ def probe(path: Path, page: int = 1, max_pixels: int = MAX_PIXELS) -> Header:
             ) from error
     if page > 1 and image_format != "tiff":
         raise ImageError("no-such-page", f"page {page} was asked for, and only a TIFF has several; correct the number")
-    _check_limits(header, file_bytes, max_pixels)
+    if header.width < 1 or header.height < 1:
+        raise ImageError(
+            "truncated", f"the header declares {header.width} x {header.height} pixels; get a whole copy of the file"
+        )
     return header
 
 
@@ -292,12 +304,8 @@ def _from_jpeg2000(found: jpeg2000.Jpeg2000) -> Header:
 
 def _check_limits(header: Header, file_bytes: int, max_pixels: int) -> None:
     size = f"{header.width} x {header.height} pixels"
-    if header.width < 1 or header.height < 1:
-        raise ImageError("truncated", f"the header declares {size}; get a whole copy of the file")
     if header.width * header.height > max_pixels:
-        raise ImageError(
-            "too-large", f"the header declares {size}, above the limit of {max_pixels}; split the image or raise it"
-        )
+        raise ImageError("too-large", f"the header declares {size}, above the limit of {max_pixels}; split the image")
     raw = header.raw_bytes
     if raw > EXPANSION_FREE_BYTES and raw > _MAX_PADDING * header.width * header.height * header.bands:
         raise ImageError(

@@ -20,7 +20,7 @@ from supir_batch.errors import ImageError
 from supir_batch.levels import Levels, spread
 from supir_batch.types import FloatImage
 
-_STRIP_BLOCKS = 64  # rows of blocks that are averaged at once
+_STRIP_ROWS = 256  # of which blocks are averaged at once
 
 # how the readers word that a file ends too early
 _CUT_SHORT = re.compile(
@@ -48,18 +48,26 @@ class Raster:
         values = part.astype(np.float32) / np.float32(np.iinfo(part.dtype).max)
         return np.ascontiguousarray(values[..., : self.bands]), np.ascontiguousarray(values[..., self.bands :])
 
-    def reduced(self, longer_side: int) -> FloatImage:
-        """The image in sRGB, [h, w, 3], its longer side at most ``longer_side``."""
-        side = max(self.levels.shape[:2])
-        block = max(1, side // (2 * longer_side))  # means of blocks first: the rest fits into memory as floats
-        height, width = (length // block * block for length in self.levels.shape[:2])
+    def reduced(self, longer_side: int, over_white: bool = False) -> FloatImage:
+        """The image in sRGB, [h, w, 3], its longer side at most ``longer_side``.
+
+        Alpha is left out, or the image laid ``over_white`` before anything is averaged.
+        """
+        height, width = self.levels.shape[:2]
+        side = max(height, width)
+        block = max(1, side // (2 * longer_side))  # means of blocks first: they fit into memory as floats
+        rows, columns = _bounds(height, block), _bounds(width, block)
+        step = max(1, _STRIP_ROWS // block)
         strips = []
-        for top in range(0, height, _STRIP_BLOCKS * block):
-            part, _ = self.floats(slice(top, min(height, top + _STRIP_BLOCKS * block)), slice(0, width))
-            strips.append(
-                part.reshape(-1, block, width // block, block, self.bands).mean(axis=(1, 3), dtype=np.float32)
-            )
-        return resample.reduce_to(color.to_srgb(np.concatenate(strips), self.icc), longer_side)
+        for first in range(0, len(rows) - 1, step):
+            here = rows[first : first + step + 1]
+            part, alpha = self.floats(slice(here[0], here[-1]), slice(None))
+            if over_white and alpha.size:
+                part = part * alpha + (1 - alpha)
+            strips.append(_means(_means(part, here - here[0], 0), columns, 1))
+        pixels = color.to_srgb(np.concatenate(strips), self.icc)
+        factor = min(1.0, longer_side / side)
+        return resample.resize(pixels, max(1, round(width * factor)), max(1, round(height * factor)))
 
 
 def read(path: Path, header: probe.Header) -> Raster:
@@ -157,6 +165,20 @@ def _unshifted(levels: Levels, header: probe.Header) -> Levels:
 def _damaged(seen: str) -> ImageError:
     kind = "truncated" if _CUT_SHORT.search(seen) else "damaged"
     return ImageError(kind, f"its pixels cannot be decoded ({seen}); get a whole copy of the file")
+
+
+def _bounds(length: int, block: int) -> NDArray[np.int64]:
+    """Where parts of at most ``block`` positions begin, and the last one ends: as few as can be, all but equal."""
+    count = -(-length // block)
+    return np.arange(count + 1, dtype=np.int64) * length // count
+
+
+def _means(pixels: FloatImage, bounds: NDArray[np.int64], axis: int) -> FloatImage:
+    """Means of the parts of an axis between ``bounds``."""
+    shape = [-1 if place == axis else 1 for place in range(pixels.ndim)]
+    counts: FloatImage = np.diff(bounds).astype(np.float32).reshape(shape)
+    sums: FloatImage = np.add.reduceat(pixels, bounds[:-1], axis=axis)
+    return sums / counts
 
 
 def _raster(levels: NDArray[Any], header: probe.Header, icc: bytes | None, notes: tuple[str, ...] = ()) -> Raster:

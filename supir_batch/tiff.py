@@ -8,6 +8,7 @@ Sources: TIFF 6.0 (sections 5 on palettes, 18 on alpha, 23 on CIELAB), Adobe's P
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,8 @@ def _header(page: Any, number: int, pages: int) -> Tiff:
             "unsupported",
             f"{kind} (SampleFormat {page.sampleformat}) is not read; convert it to unsigned integers of 8 or 16 bits",
         )
+    if 0 in page.dataoffsets:  # libvips would show the header of the file as pixels, tifffile zeros
+        raise ImageError("damaged", "a strip or tile of its pixels lies nowhere (offset 0); get a sound copy")
     width, height = int(page.imagewidth), int(page.imagelength)
     padded = width * height
     if page.is_tiled and page.tilewidth > 0 and page.tilelength > 0:
@@ -177,11 +180,20 @@ def _header(page: Any, number: int, pages: int) -> Tiff:
 
 
 def _check_segments(page: Any, stream: Any) -> None:
-    """Refuse strips or tiles for which tifffile would make more room than the tags announce."""
+    """Refuse strips or tiles that are not there, or for which tifffile would make more room than the tags announce.
+
+    For one that is missing or of no bytes tifffile answers zeros.
+    """
+    needed, found = math.prod(page.chunked), min(len(page.dataoffsets), len(page.databytecounts))
+    kind = "tiles" if page.is_tiled else "strips"
+    if found < needed:
+        raise ImageError("damaged", f"it has {found} of the {needed} {kind} of its pixels; get a sound copy")
     width = page.tilewidth if page.is_tiled else page.imagewidth
     most = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
     least = most if page.is_tiled else 1  # the last strip may be short
     for start, length in zip(page.dataoffsets, page.databytecounts, strict=False):
+        if not length:
+            raise ImageError("damaged", f"one of the {kind} of its pixels has no bytes; get a sound copy")
         if start + length > stream.size:
             raise ImageError("truncated", "its pixels reach beyond the end of the file; get a whole copy of it")
         if int(page.compression) in _JPEG and length:

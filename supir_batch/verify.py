@@ -78,7 +78,8 @@ def _image(uri: str, row: dict[str, Any], anchors: bytes | None) -> Iterator[Pro
         if digest != row["output_sha256"]:
             yield Problem(uri, "changed", f"its SHA-256 is {digest}, the log says {row['output_sha256']}")
         try:
-            header = probe.probe(path)
+            # the limits are for files of strangers: a white page of ours is packed as tightly as a bomb
+            header = probe.read_header(path) if digest == row["output_sha256"] else probe.probe(path)
             claims = metadata.read_claims(path)
             state = signing.beside(uri, path, header.format, anchors) if row["setting_signed"] else None
         except ImageError as error:

@@ -84,7 +84,7 @@ def _card(output_uri: str, row: dict[str, Any]) -> _Card:
     before, after = f"images/{stem}-before.jpg", f"images/{stem}-after.jpg"
     size, problem = (0, 0), ""
     try:
-        restored = pictures.picture(row["output_uri"], PREVIEW_SIZE)
+        restored = pictures.picture(row["output_uri"], PREVIEW_SIZE, sha256=row["output_sha256"])
         source = pictures.picture(row["uri"], PREVIEW_SIZE, row["setting_page"] or 1)
         original = resample.resize(source, restored.shape[1], restored.shape[0])
         size = (restored.shape[1], restored.shape[0])

@@ -76,6 +76,59 @@ def test_the_codec_itself_changes_samples_of_a_file_with_a_profile(rng: np.rando
     assert not np.array_equal(imagecodecs.jpeg2k_decode(jp2(codestream(levels), icc_box(RGB_ICC))), levels)
 
 
+def cdef_box(*channels: tuple[int, int, int]) -> bytes:
+    return box(b"cdef", struct.pack(">H", len(channels)) + b"".join(struct.pack(">3H", *each) for each in channels))
+
+
+RGB = ((0, 0, 1), (1, 0, 2), (2, 0, 3))
+
+
+@pytest.mark.parametrize("bands", [2, 4])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_premultiplied_colors_are_divided_by_alpha(tmp_path: Path, bands: int, dtype: Any) -> None:
+    whole = np.iinfo(dtype).max
+    levels = np.full((8, 8, bands), whole // 2, dtype)
+    levels[..., :-1] = whole // 4
+    path = tmp_path / "a.jp2"
+    channels = (*RGB[: bands - 1], (bands - 1, 2, 0))
+    path.write_bytes(jp2(codestream(levels), cdef_box(*channels)))
+    assert probe(path).has_alpha
+    found = samples(path)
+    assert (found[..., -1] == whole // 2).all()
+    np.testing.assert_allclose(found[..., :-1], whole / 2, atol=2)
+
+
+def test_colors_in_order_may_be_listed_in_any(tmp_path: Path, rng: np.random.Generator) -> None:
+    levels = rng.integers(0, 255, (8, 8, 4), np.uint8)
+    path = tmp_path / "a.jp2"
+    path.write_bytes(jp2(codestream(levels), cdef_box((3, 1, 0), *reversed(RGB))))
+    np.testing.assert_array_equal(samples(path), levels)
+    assert probe(path).has_alpha
+    path.write_bytes(jp2(codestream(levels[..., :3]), cdef_box(*RGB)))
+    assert not probe(path).has_alpha
+
+
+@pytest.mark.parametrize(
+    "channels",
+    [
+        ((0, 0, 3), (1, 0, 2), (2, 0, 1)),  # blue first
+        ((0, 1, 0), (1, 0, 1), (2, 0, 2), (3, 0, 3)),  # alpha first
+        (*RGB, (3, 1, 2)),  # alpha of one color
+        (*RGB, (3, 65535, 65535)),
+        (*RGB, (3, 0, 4)),
+        ((0, 0, 1), (1, 1, 0), (2, 1, 0)),  # twice
+        RGB[:2],
+        (),
+    ],
+)
+def test_channels_in_another_order_are_refused(tmp_path: Path, channels: tuple[tuple[int, int, int], ...]) -> None:
+    path = tmp_path / "a.jp2"
+    path.write_bytes(jp2(codestream(np.zeros((8, 8, max(3, len(channels))), np.uint8)), cdef_box(*channels)))
+    with pytest.raises(ImageError, match="association") as caught:
+        probe(path)
+    assert caught.value.kind == "unsupported"
+
+
 @pytest.mark.parametrize("bits", [1, 4, 10, 12])
 def test_odd_depths_fill_their_type(tmp_path: Path, rng: np.random.Generator, bits: int) -> None:
     top = 2**bits - 1

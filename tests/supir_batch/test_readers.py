@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import pyvips
 import tifffile
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from supir_batch.errors import ImageError
@@ -229,3 +231,30 @@ def test_heic_without_its_decoder_says_how_to_get_it(tmp_path: Path, monkeypatch
     with pytest.raises(ImageError, match=r"supir-batch\[heic\]") as caught:
         probe(path)
     assert caught.value.kind == "unsupported"
+
+
+@pytest.mark.parametrize("longer_side", [128, 512])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_long_thin_image_is_reduced(tmp_path: Path, longer_side: int, turned: bool) -> None:
+    path, levels = tmp_path / "a.png", np.full((8, 20_000, 3), 40, np.uint8)
+    levels[:, 10_000:] = 200
+    Image.fromarray(np.swapaxes(levels, 0, 1) if turned else levels).save(path)
+    reduced = _read(path).reduced(longer_side)
+    line = reduced[:, 0] if turned else reduced[0]
+    assert reduced.shape == ((longer_side, 1, 3) if turned else (1, longer_side, 3))
+    np.testing.assert_allclose(line[: longer_side // 2 - 3], 40 / 255, atol=1e-6)
+    np.testing.assert_allclose(line[longer_side // 2 + 3 :], 200 / 255, atol=1e-6)
+
+
+@given(height=st.integers(1, 90), width=st.integers(1, 90), longer_side=st.integers(4, 40), grey=st.booleans())
+def test_nothing_is_left_out_of_a_reduced_image(height: int, width: int, longer_side: int, grey: bool) -> None:
+    """Ramps stay ramps and keep their mean, whether or not blocks fit into them."""
+    ramp = np.linspace(0, 65535, height)[:, None] / 2 + np.linspace(0, 65535, width)[None, :] / 2
+    bands = 1 if grey else 3
+    levels = np.repeat(np.rint(ramp).astype(np.uint16)[..., None], bands, axis=2)
+    reduced = Raster(levels, bands, None, ()).reduced(longer_side)
+    assert reduced.shape[2] == 3
+    assert max(reduced.shape[:2]) == min(longer_side, max(height, width))
+    assert reduced.mean() == pytest.approx(levels.mean() / 65535, abs=0.07)
+    assert (np.diff(reduced[..., 0], axis=0) > -1e-3).all()
+    assert (np.diff(reduced[..., 0], axis=1) > -1e-3).all()

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import tifffile
 
+from supir_batch import readers
 from supir_batch.errors import ImageError
+from supir_batch.probe import probe
 from supir_batch.tiff import read_header, read_samples
 
 
@@ -153,6 +155,38 @@ def test_strips_that_claim_more_bytes_than_the_file_has(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="beyond the end") as caught:
         read_samples(path, read_header(path))
     assert caught.value.kind == "truncated"
+
+
+@pytest.mark.parametrize("compression", [None, "deflate", "zstd"])
+@pytest.mark.parametrize("missing", ["offset", "bytes", "part"])
+@pytest.mark.parametrize("layout", [{"tile": (16, 16)}, {"rowsperstrip": 16}, {"rowsperstrip": 40}])
+@pytest.mark.parametrize("planes", [False, True])
+def test_a_part_that_is_not_there_is_damage_and_never_black(
+    tmp_path: Path,
+    rng: np.random.Generator,
+    compression: str | None,
+    missing: str,
+    layout: dict[str, Any],
+    planes: bool,
+) -> None:
+    samples = rng.integers(1, 255, (3, 40, 48) if planes else (40, 48, 3), np.uint8)
+    path = _write(tmp_path / "a.tif", samples, photometric="rgb", compression=compression,
+                  planarconfig="separate" if planes else "contig", **layout)  # fmt: skip
+    levels, _, _ = read_samples(path, read_header(path))
+    np.testing.assert_array_equal(levels, np.moveaxis(samples, 0, 2) if planes else samples)
+    kind = "Tile" if "tile" in layout else "Strip"
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        tags = tif.pages.first.tags
+        offsets, counts = tags[f"{kind}Offsets"], tags[f"{kind}ByteCounts"]
+        if missing == "part" and len(offsets.value) == 1:
+            return  # a page must have one
+        for tag in (offsets,) if missing == "offset" else (counts,) if missing == "bytes" else (offsets, counts):
+            tag.overwrite(tag.value[:-1] if missing == "part" else (*tag.value[:-1], 0))
+    with pytest.raises(ImageError) as caught:
+        read_samples(path, read_header(path))
+    assert caught.value.kind == "damaged"
+    with pytest.raises(ImageError):  # by libvips first
+        readers.read(path, probe(path))
 
 
 @pytest.mark.parametrize("layout", [{}, {"tile": (32, 32)}, {"rowsperstrip": 24}])

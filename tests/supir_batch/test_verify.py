@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from supir_batch import runlog
+from supir_batch import probe, runlog
 from supir_batch.cli import app
+from supir_batch.errors import ImageError
 from supir_batch.inspect import inspect
 from supir_batch.runlog import RunLog
 from supir_batch.types import Outcome
@@ -96,6 +97,25 @@ def test_an_output_that_was_moved_is_still_sound(output: Path, monkeypatch: pyte
     monkeypatch.chdir(output.parent)
     result = CliRunner().invoke(app, ["verify", "elsewhere"])
     assert (result.exit_code, result.stdout) == (0, "3 files verified, 0 problems\n")
+
+
+def test_a_white_page_is_no_bomb(tmp_path: Path, restore: Restore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deflate packs it as tightly as a bomb; the log's hash vouches for it, and to inspect it nothing is decoded."""
+    Image.new("I;16", (600, 500), 65535).save(tmp_path / "a.tif")
+    with RunLog(str(tmp_path / "out"), "run") as log:
+        outcome = restore(tmp_path / "a.tif", upscale=2.0)
+        assert outcome.status == "done", outcome.ticket.failure
+        log.append(runlog.to_row(outcome, "run"))
+    output = Path(outcome.output_uri)
+    monkeypatch.setattr(probe, "EXPANSION_FREE_BYTES", 2**20)
+    monkeypatch.setattr(probe, "MAX_EXPANSION", 60)
+    with pytest.raises(ImageError, match="decompression bomb"):
+        probe.probe(output)
+    assert problems(tmp_path / "out") == []
+    assert dict(inspect(str(output)))["image"].startswith("tiff, 1200 x 1000 pixels, 16 bits")
+    with output.open("ab") as stream:
+        stream.write(b"more")
+    assert problems(tmp_path / "out") == [("a.tif", "changed"), ("a.tif", "changed")]
 
 
 def test_a_changed_record_is_named(output: Path) -> None:
