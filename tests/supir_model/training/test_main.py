@@ -51,8 +51,8 @@ def test_stages_follow_each_other_and_end_as_a_model_folder(photographs: Path, t
     captions.write_text("0.png\tclouds\n")
     for recipe in ("tiny-vae", "tiny-robust-encoder", "tiny-joint"):
         main([recipe, "--data", str(photographs), "--captions", str(captions), "--into", str(run), *QUICK])
-    assert {path.name for path in run.iterdir()} == {"vae", "robust-encoder", "joint", "model.safetensors"}
-    assert json.loads((run / "joint/recipe.json").read_text())["steps"] == 2
+    assert {path.name for path in run.iterdir()} == {"tiny-vae", "tiny-robust-encoder", "tiny-joint", "model.safetensors"}
+    assert json.loads((run / "tiny-joint/recipe.json").read_text())["steps"] == 2
     main(["export", "--into", str(run)])
     model = SupirModel.load(run / "model", "cpu")
     assert model.config.display_name == "run, trained on tiny's configuration"
@@ -90,7 +90,7 @@ def test_two_processes_are_one_that_accumulates(photographs: Path, tmp_path: Pat
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=key)
-    lines = (tmp_path / "two/vae/metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "two/tiny-vae/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]  # one process writes
 
 
