@@ -28,7 +28,7 @@ MEDIA_TYPES = {
     "jpeg2000": "image/jp2",
     "webp": "image/webp",
     "avif": "image/avif",
-    "heif": "image/heif",
+    "heic": "image/heic",
 }
 """Registered media type of each image format, by the name that the readers and writers give it."""
 

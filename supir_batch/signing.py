@@ -11,13 +11,14 @@ which the extra ``c2pa`` installs. Source: C2PA specification 2.x.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -34,6 +35,10 @@ EMBEDDED = ("png", "jpeg", "webp")
 """Formats that carry their credentials; those of the others lie beside them."""
 
 _CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
+_PIECE = 4 * 1024 * 1024  # bytes hashed at once
+_STAND_IN = b"\0"
+"""What c2pa sees of a file beside which credentials lie: it would hold copies of giants, and needs the hash alone."""
+
 _ORIGINAL = "original"  # links the first action with the ingredient
 
 
@@ -82,6 +87,9 @@ def check(signing: SigningKey) -> str:
         signed = io.BytesIO()
         with _signer(signing) as signer:
             builder.sign(signer, "image/png", io.BytesIO(pixel.getvalue()), signed)
+        state = _read(signed, "image/png", None, None)[1]
+        if state.state == "Invalid":
+            raise ValueError("; ".join(state.reasons))
     except (c2pa.C2paError, ValueError, TypeError) as error:
         raise ManifestError(
             f"signing: cannot sign with {signing.key} and {signing.certificates}: {error}; "
@@ -96,30 +104,37 @@ def check(signing: SigningKey) -> str:
 
 
 def sign(path: Path, record: ProvenanceRecord, title: str, original: Path, signing: SigningKey) -> Signed:
-    """Sign the finished file at ``path`` in place; pixels and metadata stay.
+    """Sign the finished file at ``path``, which changes if it can hold its credentials; pixels and metadata stay.
 
-    ``original`` is the source's file, unchanged. Raises ImageError ``signing-failed``, StoreError if key or
-    certificates cannot be reached.
+    ``original`` is the source's file, unchanged. Where the credentials are embedded, c2pa holds copies of the file in
+    memory; credentials beside a file are made of its hash alone. Raises ImageError ``signing-failed``, StoreError if
+    key or certificates cannot be reached.
     """
     import c2pa  # noqa: PLC0415 (an extra)
 
     media_type, embedded = MEDIA_TYPES[record.output_format], record.output_format in EMBEDDED
-    signed = path.with_name(f"signed{path.suffix}")
+    manifest = _manifest(record, title)
+    if not embedded:
+        digest = hashlib.sha256()
+        with path.open("rb") as stream:
+            while piece := stream.read(_PIECE):
+                digest.update(piece)
+        data = {"name": "the whole file", "alg": "sha256", "hash": list(digest.digest()), "pad": []}
+        manifest["assertions"].append({"label": "c2pa.hash.data", "data": data})
     try:
-        builder = c2pa.Builder(_manifest(record, title), context=_context(None))
-        if not embedded:
-            builder.set_no_embed()
-        ingredient = {"title": record.source_name, "relationship": "parentOf", "instance_id": _ORIGINAL}
+        builder = c2pa.Builder(manifest, context=_context(None))
         with original.open("rb") as stream:
-            builder.add_ingredient(ingredient, MEDIA_TYPES[record.source_format], stream)
-        with _signer(signing) as signer, path.open("rb") as source, signed.open("w+b") as sink:
-            credentials = builder.sign(signer, media_type, source, sink)
-        signed.replace(path)
-        store_json, state = _read(path, media_type, None if embedded else credentials, None)
+            builder.add_ingredient(_ingredient(record), MEDIA_TYPES[record.source_format], stream)
+        with _signer(signing) as signer:
+            credentials = _embed(builder, signer, path, media_type) if embedded else _detached(builder, signer)
+        with path.open("rb") if embedded else io.BytesIO(_STAND_IN) as stream:
+            store_json, state = _read(stream, media_type, None if embedded else credentials, None)
     except (c2pa.C2paError, ValueError, TypeError) as error:
         raise ImageError("signing-failed", f"it cannot be signed: {error}; the next run tries again") from error
-    if state.state == "Invalid":
-        raise ImageError("signing-failed", f"its new signature is not valid: {'; '.join(state.reasons)}")
+    # nobody is trusted without anchors, and the stand-in has another hash than the file
+    meant = ("signingCredential.untrusted", *(() if embedded else ("assertion.dataHash.mismatch",)))
+    if wrong := [reason for reason in state.reasons if not reason.startswith(meant)]:
+        raise ImageError("signing-failed", f"its new signature is not valid: {'; '.join(wrong)}")
     info = store_json["manifests"][store_json["active_manifest"]]["signature_info"]
     signer_info = {key: str(value) for key, value in info.items() if value is not None}
     return Signed(b"" if embedded else credentials, signer_info)
@@ -144,7 +159,8 @@ def read(path: Path, file_format: str, credentials: bytes | None, anchors: bytes
     if credentials is None and file_format not in EMBEDDED:
         return None
     try:
-        return _read(path, MEDIA_TYPES.get(file_format, file_format), credentials, anchors)[1]
+        with path.open("rb") as stream:
+            return _read(stream, MEDIA_TYPES.get(file_format, file_format), credentials, anchors)[1]
     except c2pa.C2paError.ManifestNotFound:
         return None
     except c2pa.C2paError as error:
@@ -152,6 +168,29 @@ def read(path: Path, file_format: str, credentials: bytes | None, anchors: bytes
 
 
 # --- inside --------------------------------------------------------------------------------------------------------
+
+
+def _embed(builder: c2pa.Builder, signer: c2pa.Signer, path: Path, media_type: str) -> bytes:
+    signed = path.with_name(f"signed{path.suffix}")
+    with path.open("rb") as source, signed.open("w+b") as sink:
+        credentials: bytes = builder.sign(signer, media_type, source, sink)
+    signed.replace(path)
+    return credentials
+
+
+def _detached(builder: c2pa.Builder, signer: c2pa.Signer) -> bytes:
+    builder.set_no_embed()
+    credentials: bytes = builder.sign(signer, "application/c2pa", io.BytesIO(_STAND_IN), io.BytesIO())
+    return credentials
+
+
+def _ingredient(record: ProvenanceRecord) -> dict[str, str]:
+    return {
+        "title": record.source_name,
+        "relationship": "parentOf",
+        "instance_id": _ORIGINAL,
+        "description": f"the original, SHA-256 {record.source_sha256}",  # C2PA has no field for it
+    }
 
 
 def _manifest(record: ProvenanceRecord, title: str) -> dict[str, Any]:
@@ -188,7 +227,12 @@ def _context(anchors: bytes | None) -> c2pa.Context:
 
     settings: dict[str, Any] = {
         "builder": {"thumbnail": {"enabled": False}},
-        "verify": {"verify_trust": True, "remote_manifest_fetch": False, "ocsp_fetch": False},
+        "verify": {
+            "verify_trust": True,
+            "verify_after_sign": False,  # what was signed is read back here
+            "remote_manifest_fetch": False,
+            "ocsp_fetch": False,
+        },
     }
     if anchors is not None:
         settings["trust"] = {"trust_anchors": anchors.decode("ascii", "replace")}
@@ -225,11 +269,12 @@ def _expiry(signing: SigningKey) -> str:
 
 
 def _read(
-    path: Path, media_type: str, credentials: bytes | None, anchors: bytes | None
+    stream: BinaryIO, media_type: str, credentials: bytes | None, anchors: bytes | None
 ) -> tuple[Mapping[str, Any], State]:
     import c2pa  # noqa: PLC0415 (an extra)
 
-    with path.open("rb") as stream, c2pa.Reader(media_type, stream, credentials, context=_context(anchors)) as reader:
+    stream.seek(0)
+    with c2pa.Reader(media_type, stream, credentials, context=_context(anchors)) as reader:
         found: dict[str, Any] = json.loads(reader.json())
     info = found["manifests"][found["active_manifest"]].get("signature_info", {})
     signer = ", ".join(str(info[key]) for key in ("common_name", "issuer") if info.get(key))

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from lxml import etree
 from PIL import Image
 
-from supir_batch import commit, premis
-from supir_batch.types import Outcome
+from supir_batch import commit, premis, probe
+from supir_batch.provenance import MEDIA_TYPES
+from supir_batch.types import Outcome, OutputFormat
 
 Restore = Callable[..., Outcome]
 SCHEMA = Path(__file__).parents[1] / "data/premis/premis-v3-0.xsd"
@@ -184,3 +185,7 @@ def test_a_kill_between_the_writes_leaves_no_output_that_counts(
     assert (again.status, again.ticket.recovered) == ("done", False)
     _, tree = read(again)
     assert texts(tree, ".//p:messageDigest")[0] == again.output_sha256
+
+
+def test_every_format_that_is_read_has_a_media_type() -> None:
+    assert set(get_args(probe.ImageFormat)) | set(get_args(OutputFormat)) == set(MEDIA_TYPES)

@@ -19,13 +19,15 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from PIL import Image
 from typer.testing import CliRunner
 
-from supir_batch import metadata, runlog, signing
+from supir_batch import metadata, provenance, runlog, signing
+from supir_batch.bookkeeping import Stopwatch
 from supir_batch.cli import app
+from supir_batch.decode import decode
 from supir_batch.errors import ManifestError
 from supir_batch.inspect import inspect
 from supir_batch.runlog import RunLog
 from supir_batch.settings import Manifest
-from supir_batch.types import Outcome, SigningKey
+from supir_batch.types import Job, Outcome, SigningKey
 from supir_batch.verify import verify
 
 c2pa = pytest.importorskip("c2pa")
@@ -154,9 +156,13 @@ def test_the_credentials_say_what_was_done_to_what(output: Path, tmp_path: Path)
         assert manifest["title"] == name
         (original,) = manifest["ingredients"]
         assert (original["relationship"], original["title"]) == ("parentOf", name)
+        source = json.loads((output / f"{name}.json").read_text())["source_sha256"]
+        assert original["description"] == f"the original, SHA-256 {source}"
         assert "thumbnail" not in manifest
         assert "thumbnail" not in original
         (assertion,) = [one for one in manifest["assertions"] if one["label"].startswith("c2pa.actions")]
+        success = [one["code"] for one in found["validation_results"]["activeManifest"]["success"]]
+        assert "assertion.dataHash.match" in success
         opened, edited, resized = assertion["data"]["actions"]
         assert [one["action"] for one in (opened, edited, resized)] == ["c2pa.opened", "c2pa.edited", "c2pa.resized"]
         assert len(opened["parameters"]["ingredients"]) == 1
@@ -238,6 +244,23 @@ def test_other_kinds_of_keys(tmp_path: Path, restore: Restore, rng: np.random.Ge
     assert "signatures end" in signing.check(other.signing)
     outcome = restore(photo(tmp_path / "a.png", rng), signing=other.signing)
     state = signing.read(Path(outcome.output_uri), "png", None, other.anchors)
+    assert state is not None
+    assert state.state == "Trusted", state.reasons
+
+
+def test_credentials_beside_a_giant_do_not_take_its_size_in_memory(
+    tmp_path: Path, make_job: Callable[..., Job], rng: np.random.Generator, chain: Chain
+) -> None:
+    source, giant = photo(tmp_path / "d.tif", rng), tmp_path / "giant.tif"
+    with giant.open("wb") as sink:
+        sink.truncate(200_000_000)
+    ticket = next(decode(make_job(source), 16)).ticket
+    record = provenance.build_record(ticket, "tiff", 8)
+    before = Stopwatch("nothing").record(ticket).records[-1].peak_memory_bytes
+    watch = Stopwatch("signing")
+    signed = signing.sign(giant, record, "giant.tif", source, chain.signing)
+    assert watch.record(ticket).records[-1].peak_memory_bytes - before < 60_000_000
+    state = signing.read(giant, "tiff", signed.credentials, chain.anchors)
     assert state is not None
     assert state.state == "Trusted", state.reasons
 

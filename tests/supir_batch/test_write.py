@@ -12,7 +12,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from supir_batch import commit, parts, store
+from supir_batch import commit, encode, parts, store
 from supir_batch.decode import DecodedTile, decode, read_srgb
 from supir_batch.metadata import read_claims
 from supir_batch.probe import probe
@@ -197,6 +197,26 @@ def test_parts_that_vanish_because_another_writer_finished(
     assert late is not None
     assert late.status == "done", late.ticket.failure
     assert _files(tmp_path / "out") == ["a.png", "a.png.json"]
+
+
+def test_a_slower_writer_leaves_the_output_of_the_faster(
+    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = list(decode(make_job(_photo(tmp_path / "a.png", rng), max_pixels=100 * 100), 16))
+    check, faster = encode.check_file, list[Outcome | None]()
+
+    def finish_first(*args: object) -> None:
+        if not faster:
+            faster.append(None)
+            faster[0] = _write(tiles[0])
+        check(*args)
+
+    monkeypatch.setattr("supir_batch.encode.check_file", finish_first)
+    slower = [_write(tile) for tile in tiles][-1]
+    assert slower is not None
+    assert faster[0] is not None
+    assert (slower.status, slower.record_sha256) == ("done", faster[0].record_sha256)
+    assert commit.file_sha256(Path(commit.record_uri(slower.output_uri))) == slower.record_sha256
 
 
 def test_a_tile_that_comes_after_the_image_was_finished_leaves_nothing_behind(
