@@ -44,6 +44,8 @@ def _failed(ticket: TileTicket, failure: Failure) -> Outcome:
 
 
 def _done(ticket: TileTicket, output: Committed) -> Outcome:
+    """The outcome of an image whose output is ``output``, whoever made it: seed and scores are those of its record."""
+    ticket = dataclasses.replace(ticket, seed=output.seed, again=output.again, scores=output.scores)
     return Outcome(
         ticket,
         "done",
@@ -166,7 +168,15 @@ def _finish(
             encode.add_pyramid(path, spec)
         signed = _sign(path, ticket, facts, record, store.name(output)) if job.signing is not None else None
         encode.check_file(path, facts.output_width, facts.output_height, spec, facts.bands, facts.has_alpha)
-        result = Committed(output, commit.file_sha256(path), path.stat().st_size, _now())
+        result = Committed(
+            output,
+            commit.file_sha256(path),
+            path.stat().st_size,
+            _now(),
+            seed=ticket.seed,
+            again=ticket.again,
+            scores=ticket.scores,
+        )
         told = dataclasses.replace(facts, notes=(*record.notes, *written))
         finished = watch.record(dataclasses.replace(ticket, facts=told))
         if len(found) > 1 and (there := commit.committed(job, ticket.fingerprint, facts.format)) is not None:
