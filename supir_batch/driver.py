@@ -81,6 +81,7 @@ def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limit: int | None
     checksums.remove(plan.output_uri)
     store.write_atomic(store.join(folder, "manifest.yaml"), _annotated(manifest, manifest_uri))
 
+    counted: set[str] = set()
     rows: Counter[str] = Counter()
     failed: Counter[str] = Counter()
     stopped_by: int | None = None
@@ -89,6 +90,9 @@ def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limit: int | None
 
         def on_row(row: dict[str, Any]) -> None:
             log.append(row)
+            if row["id"] in counted:  # two writers committed it
+                return
+            counted.add(row["id"])
             rows["recovered" if row["status"] == "done" and row["recovered"] else row["status"]] += 1
             if row["status"] == "failed":
                 failed[row["failure_kind"]] += 1

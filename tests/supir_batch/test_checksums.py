@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from supir_batch import checksums, driver, runlog
-from supir_batch.plan import Plan
+from supir_batch import checksums, driver, pipeline, runlog
+from supir_batch.plan import Plan, Todo
 from supir_batch.runlog import RunLog
 from supir_batch.settings import Manifest
 from supir_batch.types import Outcome
@@ -89,6 +93,29 @@ def test_it_is_written_once_and_again_only_if_it_differs(output: Path) -> None:
 def test_where_nothing_was_done_there_is_none(tmp_path: Path) -> None:
     checksums.renew(str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_of_two_rows_of_one_image_the_later_is_true_and_one_counts(
+    tmp_path: Path, restore: Restore, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(rng.integers(0, 255, (30, 40, 3), np.uint8)).save(tmp_path / "a.png")
+    outcome = restore(tmp_path / "a.png")
+    row = runlog.to_row(outcome, "run")
+    early = row | {"record_sha256": "0" * 64, "finished_at": row["finished_at"] - datetime.timedelta(seconds=1)}
+    written = pa.Table.from_pylist([row, early, row], schema=runlog.SCHEMA)
+    rows = SimpleNamespace(iter_batches=lambda **_: [written])
+
+    def stream(manifest: Manifest, run_id: str, jobs: list[Any], on_row: Callable[[dict[str, Any]], None]) -> None:
+        pipeline._collect(rows, on_row)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("supir_batch.driver._stream", stream)
+    (tmp_path / "m.yaml").write_text("inputs: x")
+    manifest = Manifest.model_validate({"inputs": [str(tmp_path)], "output": {"uri": str(tmp_path / "out")}})
+    plan = Plan(str(tmp_path / "out"), (Todo(outcome.ticket.job, "new"),), (), (), {})
+    summary = driver.execute(manifest, str(tmp_path / "m.yaml"), plan)
+    assert (summary.done, summary.left, summary.exit_code) == (1, 0, 0)
+    assert runlog.read_log(str(tmp_path / "out")).num_rows == 3
+    assert [problem for checked in verify(str(tmp_path / "out")) for problem in checked.problems] == []
 
 
 def test_a_run_with_nothing_to_do_brings_back_what_a_killed_one_lacks(tmp_path: Path, output: Path) -> None:

@@ -177,6 +177,47 @@ def test_two_writers_that_both_see_the_last_part(
     assert _files(tmp_path / "out") == ["a.png", "a.png.json"]
 
 
+def test_two_writers_that_commit_at_the_same_moment_report_what_stays(
+    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = list(decode(make_job(_photo(tmp_path / "a.png", rng), max_pixels=100 * 100), 16))
+    put, inner = store.write_atomic, list[Outcome | None]()
+
+    def commit_between(uri: str, data: bytes | Path) -> None:
+        if uri.endswith("a.png.json") and not inner:  # the first has looked, and is about to write its record
+            inner.append(None)
+            inner[0] = _write(dataclasses.replace(tiles[0], ticket=dataclasses.replace(tiles[0].ticket, started_at="x")))
+        put(uri, data)
+
+    monkeypatch.setattr("supir_batch.store.write_atomic", commit_between)
+    outer = [_write(tile) for tile in tiles][-1]
+    faster = inner[0]
+    assert outer is not None
+    assert faster is not None
+    assert (outer.status, faster.status) == ("done", "done")
+    assert outer.record_sha256 != faster.record_sha256
+    assert commit.file_sha256(Path(commit.record_uri(outer.output_uri))) == outer.record_sha256
+    assert outer.finished_at > faster.finished_at
+
+
+def test_a_writer_whose_record_was_written_over_reports_the_one_that_is_there(
+    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = list(decode(make_job(_photo(tmp_path / "a.png", rng), max_pixels=100 * 100), 16))
+    put = store.write_atomic
+
+    def another_record_follows(uri: str, data: bytes | Path) -> None:
+        put(uri, data)
+        if uri.endswith("a.png"):
+            record = Path(f"{uri}.json")
+            record.write_text(record.read_text().replace('"started_at": "', '"started_at": "1'))
+
+    monkeypatch.setattr("supir_batch.store.write_atomic", another_record_follows)
+    outcome = [_write(tile) for tile in tiles][-1]
+    assert outcome is not None
+    assert commit.file_sha256(Path(commit.record_uri(outcome.output_uri))) == outcome.record_sha256
+
+
 def test_parts_that_vanish_because_another_writer_finished(
     tmp_path: Path, make_job: MakeJob, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
