@@ -68,8 +68,10 @@ def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limit: int | None
     """Do the plan's work, at most ``limit`` images of it.
 
     Every image ends as a row of the run log. A signal or an error that is not one image's ends the run early, after
-    the rows so far are safely written; the summary then says so.
+    the rows so far are safely written; the summary then says so. Raises ManifestError, before any work, if a foreign
+    file lies where the list of hashes goes.
     """
+    checksums.refuse_foreign(plan.output_uri)
     jobs = [entry.job for entry in plan.todo][:limit]
     started = time.monotonic()
     if not jobs and not plan.refused:

@@ -17,6 +17,12 @@ from supir_batch.plan import IIIF_FOLDER
 
 _OWN_FOLDERS = (runlog.RUNS_FOLDER, CAPTIONS_FOLDER, PARTS_FOLDER, IIIF_FOLDER, "report")
 
+_COLUMNS = (
+    *checksums.COLUMNS,
+    *("source_width", "source_height", "output_width", "output_height", "source_sha256", "settings_sha256"),
+    *("fingerprint", "seed", "setting_upscale", "setting_geometry", "setting_engine", "setting_signed"),
+)
+
 
 class Problem(NamedTuple):
     """What is wrong with one file. ``kind``: missing, changed, stripped, geometry, signature, foreign or unfinished."""
@@ -40,19 +46,20 @@ def verify(output_uri: str, anchors: bytes | None = None) -> Iterator[Checked]:
     Signatures must be by somebody whom ``anchors`` (certificates, PEM) vouch for; without anchors it is enough that
     they are intact, whoever made them.
 
-    Of each image the newest row that says ``done`` counts. Raises ManifestError if there is no log, StoreError if the
+    Of each image the newest row that says ``done`` counts; an older output of it is known, but need not be there. Raises ManifestError if there is no log, StoreError if the
     output cannot be read.
     """
     table = runlog.read_log(output_uri)
     if table.num_rows == 0:
         raise ManifestError(f"{output_uri}: holds no run log; give the output folder of a run, or its manifest")
-    rows = runlog.newest_done(table)
+    rows = runlog.newest_done(table, _COLUMNS)
     listed = store.join(output_uri, checksums.FILE_NAME)
-    known = {listed}
+    older = runlog.output_paths(table) - rows.keys()
+    known = {listed, *(store.join(output_uri, name) for path in older for name in checksums.places(path))}
     for path, row in rows.items():
         uri = store.join(output_uri, path)  # where it lies now: the whole folder may have been moved since
         sidecars = {store.join(output_uri, name): digest for name, digest in checksums.sidecars(row).items()}
-        known |= {uri, *sidecars}
+        known |= {uri, commit.record_uri(uri), *sidecars}  # a log may be older than the hashes of records
         yield Checked(uri, (*_image(uri, row, anchors), *_beside(sidecars)))
     if store.exists(listed):
         yield Checked(listed, tuple(_list(listed, checksums.text(rows.values()))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from supir_batch import checksums, driver, pipeline, runlog
-from supir_batch.plan import Plan, Todo
+from supir_batch.errors import ManifestError
+from supir_batch.plan import Plan, RefusedJob, Todo
 from supir_batch.runlog import RunLog
 from supir_batch.settings import Manifest
-from supir_batch.types import Outcome
+from supir_batch.types import Failure, Job, Outcome
 from supir_batch.verify import verify
 
 Restore = Callable[..., Outcome]
@@ -83,7 +85,7 @@ def test_it_is_written_once_and_again_only_if_it_differs(output: Path) -> None:
     stamp, good = path.stat().st_mtime_ns, path.read_bytes()
     checksums.renew(str(output))
     assert path.stat().st_mtime_ns == stamp
-    path.write_bytes(good[:-70])
+    path.write_bytes(b"".join(good.splitlines(keepends=True)[:-1]))
     assert [problem.kind for checked in verify(str(output)) for problem in checked.problems] == ["changed"]
     checksums.renew(str(output))
     assert path.read_bytes() == good
@@ -93,6 +95,39 @@ def test_it_is_written_once_and_again_only_if_it_differs(output: Path) -> None:
 def test_where_nothing_was_done_there_is_none(tmp_path: Path) -> None:
     checksums.renew(str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "foreign", [b"", b"no list\n", b"\xff\xfe", f"{'ab' * 32}  a.png\n{'ab' * 32}  mine.txt\n".encode()]
+)
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_list_that_no_run_wrote_is_left_alone(
+    tmp_path: Path, output: Path, make_job: Callable[..., Job], foreign: bytes, logged: bool
+) -> None:
+    if not logged:
+        shutil.rmtree(output / "_runs")
+    (output / checksums.FILE_NAME).write_bytes(foreign)
+    manifest = Manifest.model_validate({"inputs": [str(tmp_path)], "output": {"uri": str(output)}})
+    (tmp_path / "m.yaml").write_text("inputs: x")
+    before = sorted(output.rglob("*"))
+    refused = RefusedJob(make_job(tmp_path / "a.png"), Failure("plan", "x", "x"))
+    for plan in (Plan(str(output), (), (), (), {}), Plan(str(output), (), (), (refused,), {})):
+        with pytest.raises(ManifestError, match=r"checksum\.sha256: is not a list that a run wrote.*move it away"):
+            driver.execute(manifest, str(tmp_path / "m.yaml"), plan)
+    assert (output / checksums.FILE_NAME).read_bytes() == foreign
+    assert sorted(output.rglob("*")) == before
+
+
+def test_a_list_of_outputs_that_were_superseded_since_is_ours(output: Path, tmp_path: Path, restore: Restore) -> None:
+    checksums.renew(str(output))
+    with RunLog(str(output), "second") as log:
+        log.append(runlog.to_row(restore(tmp_path / "a.png", format="webp"), "second"))
+    checksums.refuse_foreign(str(output))
+    checksums.renew(str(output))
+    listed = (output / checksums.FILE_NAME).read_text()
+    assert "  a.webp\n" in listed
+    assert "  a.png\n" not in listed
+    assert sha256sum(output).returncode == 0
 
 
 def test_of_two_rows_of_one_image_the_later_is_true_and_one_counts(

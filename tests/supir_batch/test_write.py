@@ -186,7 +186,9 @@ def test_two_writers_that_commit_at_the_same_moment_report_what_stays(
     def commit_between(uri: str, data: bytes | Path) -> None:
         if uri.endswith("a.png.json") and not inner:  # the first has looked, and is about to write its record
             inner.append(None)
-            inner[0] = _write(dataclasses.replace(tiles[0], ticket=dataclasses.replace(tiles[0].ticket, started_at="x")))
+            inner[0] = _write(
+                dataclasses.replace(tiles[0], ticket=dataclasses.replace(tiles[0].ticket, started_at="x"))
+            )
         put(uri, data)
 
     monkeypatch.setattr("supir_batch.store.write_atomic", commit_between)
