@@ -90,7 +90,7 @@ def commit(
     for uri, data in ((premis_uri(output.uri), xml), (credentials_uri(output.uri), credentials)):
         if data:
             store.write_atomic(uri, data)
-        else:
+        elif store.exists(uri):  # a role that may only put objects may not delete what does not exist either
             store.delete(uri)  # that of an earlier output would speak of another image
     store.write_atomic(output.uri, image)
     return replace(output, record_sha256=_sha256(text))

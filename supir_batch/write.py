@@ -101,7 +101,10 @@ def _write(ticket: TileTicket, pixels: FloatImage, carried: FloatImage) -> Outco
         if there is None:
             raise
         return _done(ticket, there)  # another writer assembled the image and removed the parts meanwhile
-    parts.remove(job, fingerprint, found)
+    except Exception:
+        parts.remove(job, fingerprint, box.count)  # the same parts would fail the same way
+        raise
+    parts.remove(job, fingerprint, box.count)
     return outcome
 
 

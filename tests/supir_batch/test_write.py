@@ -14,6 +14,7 @@ from PIL import Image
 
 from supir_batch import commit, encode, parts, store
 from supir_batch.decode import DecodedTile, decode, read_srgb
+from supir_batch.errors import ImageError, StoreError
 from supir_batch.metadata import read_claims
 from supir_batch.probe import probe
 from supir_batch.types import Failure, FloatImage, Job, Outcome
@@ -272,7 +273,47 @@ def test_a_tile_that_comes_after_the_image_was_finished_leaves_nothing_behind(
     assert _files(tmp_path / "out") == ["a.png", "a.png.json"]
 
 
+@pytest.mark.parametrize("error", [ImageError("encode-failed", "x"), ValueError("x")])
+def test_parts_that_cannot_be_assembled_are_removed(
+    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    tiles = list(decode(make_job(_photo(tmp_path / "a.png", rng), max_pixels=100 * 100), 16))
+    monkeypatch.setattr("supir_batch.encode.encode_strips", fail)
+    assert _failure([_write(tile) for tile in tiles][-1]).stage == "write"
+    assert _files(tmp_path / "out") == []
+
+
+def test_parts_stay_if_the_store_fails(
+    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise StoreError("no space")
+
+    tiles = list(decode(make_job(_photo(tmp_path / "a.png", rng), max_pixels=100 * 100), 16))
+    monkeypatch.setattr("supir_batch.commit.commit", fail)
+    assert _failure([_write(tile) for tile in tiles][-1]).kind == "store"
+    assert len(_files(tmp_path / "out")) == 2 * len(tiles)
+
+
 # ------------------------------------------------------------------------------------------------------- commits
+
+
+def test_nothing_is_deleted_that_is_not_there(
+    tmp_path: Path, restore: Restore, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(uri: str) -> None:
+        raise StoreError(f"{uri}: access denied")
+
+    path = _photo(tmp_path / "a.png", rng)
+    with monkeypatch.context() as patch:
+        patch.setattr("supir_batch.store.delete", denied)
+        assert restore(path, sidecars=("json",)).status == "done"
+    assert restore(path, upscale=2.0, sidecars=("json", "premis")).status == "done"
+    assert restore(path, sidecars=("json",)).status == "done"
+    assert _files(tmp_path / "out") == ["a.png", "a.png.json"]
 
 
 def test_a_kill_between_record_and_image_is_seen(
