@@ -10,12 +10,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from supir_batch import checksums, commit, metadata, probe, provenance, runlog, signing, store, tiles
-from supir_batch.captions import CAPTIONS_FOLDER
 from supir_batch.errors import ImageError, ManifestError
-from supir_batch.parts import PARTS_FOLDER
-from supir_batch.plan import IIIF_FOLDER
-
-_OWN_FOLDERS = (runlog.RUNS_FOLDER, CAPTIONS_FOLDER, PARTS_FOLDER, IIIF_FOLDER, "report")
+from supir_batch.plan import OWN_FOLDERS
 
 _COLUMNS = (
     *checksums.COLUMNS,
@@ -46,8 +42,8 @@ def verify(output_uri: str, anchors: bytes | None = None) -> Iterator[Checked]:
     Signatures must be by somebody whom ``anchors`` (certificates, PEM) vouch for; without anchors it is enough that
     they are intact, whoever made them.
 
-    Of each image the newest row that says ``done`` counts; an older output of it is known, but need not be there. Raises ManifestError if there is no log, StoreError if the
-    output cannot be read.
+    Of each image the newest row that says ``done`` counts; an older output of it is known, but need not be there.
+    Raises ManifestError if there is no log, StoreError if the output cannot be read.
     """
     table = runlog.read_log(output_uri)
     if table.num_rows == 0:
@@ -63,7 +59,7 @@ def verify(output_uri: str, anchors: bytes | None = None) -> Iterator[Checked]:
         yield Checked(uri, (*_image(uri, row, anchors), *_beside(sidecars)))
     if store.exists(listed):
         yield Checked(listed, tuple(_list(listed, checksums.text(rows.values()))))
-    folders = tuple(store.join(output_uri, folder) + "/" for folder in _OWN_FOLDERS)
+    folders = tuple(store.join(output_uri, folder) + "/" for folder in OWN_FOLDERS)
     for found in store.list_tree(output_uri):
         if found.uri in known or (found.uri.startswith(folders) and not store.is_partial(found.uri)):
             continue
