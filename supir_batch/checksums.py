@@ -10,8 +10,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from supir_batch import commit, runlog, signing, store
+from supir_batch.errors import ManifestError
 
 FILE_NAME = "checksum.sha256"
+
+
+COLUMNS = ("output_sha256", "record_sha256", "premis_sha256", "c2pa_sha256")
+"""What ``text`` and ``sidecars`` read of a run-log row, besides ``output_path``."""
 
 
 def sidecars(row: Mapping[str, Any]) -> dict[str, str]:
@@ -25,9 +30,18 @@ def sidecars(row: Mapping[str, Any]) -> dict[str, str]:
     return {name: digest for name, digest in beside.items() if digest}
 
 
+def places(path: str) -> tuple[str, ...]:
+    """Where the output at ``path`` lies and all that may lie beside it."""
+    return path, commit.record_uri(path), commit.premis_uri(path), signing.credentials_uri(path)
+
+
+def _escaped(name: str) -> str:
+    return name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+
+
 def line(digest: str, name: str) -> str:
     """One line of a list of hashes; names that would break it are escaped as GNU coreutils do."""
-    escaped = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+    escaped = _escaped(name)
     return f"{'' if escaped == name else chr(92)}{digest}  {escaped}\n"
 
 
@@ -39,12 +53,33 @@ def text(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(line(digest, name) for name, digest in sorted(found.items()))
 
 
+def refuse_foreign(output_uri: str) -> None:
+    """Raise ManifestError if a file of that name is there which no run wrote: a run would delete it.
+
+    It is ours if there is a run log that knows every path in it. Raises StoreError if file or log cannot be read.
+    """
+    uri = store.join(output_uri, FILE_NAME)
+    if not store.exists(uri):
+        return
+    made = runlog.output_paths(runlog.read_log(output_uri))
+    known = {_escaped(place) for path in made for place in places(path)}
+    # bytes that are no text become names that no log knows
+    lines = store.read_bytes(uri).decode("utf-8", "backslashreplace").removesuffix("\n").split("\n")
+    strange = next((text for text in lines if text.partition("  ")[2] not in known), None)
+    if strange is not None:
+        raise ManifestError(
+            f"{uri}: is not a list that a run wrote there: no run log knows what it names in {strange[:200]!r}; "
+            "a run would write over it, so move it away, or choose another output.uri"
+        )
+
+
 def renew(output_uri: str) -> None:
     """Write the file anew if it is not what the run log says; an output without a log gets none.
 
+    Call it and ``remove`` only where ``refuse_foreign`` had nothing to say.
     Raises StoreError if the log cannot be read or the file not be written.
     """
-    wanted = text(runlog.newest_done(runlog.read_log(output_uri)).values()).encode()
+    wanted = text(runlog.newest_done(runlog.read_log(output_uri), COLUMNS).values()).encode()
     uri = store.join(output_uri, FILE_NAME)
     if wanted and not (store.exists(uri) and store.read_bytes(uri) == wanted):
         store.write_atomic(uri, wanted)

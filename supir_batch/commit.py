@@ -17,7 +17,7 @@ from pathlib import Path
 
 from supir_batch import encode, premis, store
 from supir_batch.signing import credentials_uri
-from supir_batch.types import Job, Sidecar
+from supir_batch.types import GateScores, Job, Sidecar
 
 _CHUNK = 2**20
 
@@ -33,6 +33,9 @@ class Committed:
     record_sha256: str = ""  # of the record beside it
     premis_sha256: str = ""  # of the PREMIS XML beside it; "" if none was written
     c2pa_sha256: str = ""  # of the content credentials beside it; "" if it has none or holds them
+    seed: int = 0  # that the image is tagged with
+    again: bool = False  # some of it was restored a second time
+    scores: GateScores | None = None
 
 
 def output_uri(job: Job, source_format: str) -> str:
@@ -87,7 +90,7 @@ def commit(
     for uri, data in ((premis_uri(output.uri), xml), (credentials_uri(output.uri), credentials)):
         if data:
             store.write_atomic(uri, data)
-        else:
+        elif store.exists(uri):  # a role that may only put objects may not delete what does not exist either
             store.delete(uri)  # that of an earlier output would speak of another image
     store.write_atomic(output.uri, image)
     return replace(output, record_sha256=_sha256(text))
@@ -117,8 +120,19 @@ def _read_record(uri: str) -> tuple[str, Committed] | None:
         output, finished_at = record["output"], str(record["run"]["finished_at"])
         digest = hashlib.sha256(text).hexdigest()
         beside = record.get("sidecars", {})
-        hashes = (str(beside.get("premis", "")), str(beside.get("c2pa", "")))
-        claim = Committed(uri, str(output["sha256"]), int(output["bytes"]), finished_at, digest, *hashes)
+        gate = dict(record.get("gate") or {})
+        claim = Committed(
+            uri,
+            str(output["sha256"]),
+            int(output["bytes"]),
+            finished_at,
+            digest,
+            str(beside.get("premis", "")),
+            str(beside.get("c2pa", "")),
+            int(record["seed"]),
+            again=bool(gate.pop("restored_again", False)),
+            scores=GateScores(**gate) if gate else None,
+        )
         return str(record["fingerprint"]), claim
     except (ValueError, KeyError, TypeError, AttributeError):
         return None  # a foreign or damaged .json: the output does not count, and is made (and recorded) anew

@@ -68,8 +68,10 @@ def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limit: int | None
     """Do the plan's work, at most ``limit`` images of it.
 
     Every image ends as a row of the run log. A signal or an error that is not one image's ends the run early, after
-    the rows so far are safely written; the summary then says so.
+    the rows so far are safely written; the summary then says so. Raises ManifestError, before any work, if a foreign
+    file lies where the list of hashes goes.
     """
+    checksums.refuse_foreign(plan.output_uri)
     jobs = [entry.job for entry in plan.todo][:limit]
     started = time.monotonic()
     if not jobs and not plan.refused:
@@ -81,6 +83,7 @@ def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limit: int | None
     checksums.remove(plan.output_uri)
     store.write_atomic(store.join(folder, "manifest.yaml"), _annotated(manifest, manifest_uri))
 
+    counted: set[str] = set()
     rows: Counter[str] = Counter()
     failed: Counter[str] = Counter()
     stopped_by: int | None = None
@@ -89,6 +92,9 @@ def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limit: int | None
 
         def on_row(row: dict[str, Any]) -> None:
             log.append(row)
+            if row["id"] in counted:  # two writers committed it
+                return
+            counted.add(row["id"])
             rows["recovered" if row["status"] == "done" and row["recovered"] else row["status"]] += 1
             if row["status"] == "failed":
                 failed[row["failure_kind"]] += 1

@@ -76,6 +76,14 @@ def output_depth(source_depth: Literal[8, 16], file_format: OutputFormat, settin
     return 8 if file_format in _EIGHT_BIT else settings.bit_depth or source_depth
 
 
+def refuse_size(width: int, height: int, file_format: OutputFormat) -> None:
+    """Raise ImageError ``unsupported`` if the format cannot hold an image of this size, in pixels."""
+    if max(width, height) > _LIMITS.get(file_format, width + height):
+        raise ImageError(
+            "unsupported", f"a {file_format} cannot be {width} x {height} pixels; set output.format to tiff or png"
+        )
+
+
 def needs_bigtiff(width: int, height: int, bands: int, bit_depth: int) -> bool:
     """Whether a TIFF of this size must be a BigTIFF to be safe."""
     return width * height * bands * bit_depth // 8 >= BIGTIFF_BYTES
@@ -160,11 +168,7 @@ def _evened(strips: Iterable[NDArray[np.unsignedinteger[Any]]]) -> Iterator[NDAr
 
 
 def _save(image: pyvips.Image, path: Path, spec: FileSpec) -> None:
-    width, height = image.width, image.height
-    if max(width, height) > _LIMITS.get(spec.format, width + height):
-        raise ImageError(
-            "unsupported", f"a {spec.format} cannot be {width} x {height} pixels; set output.format to tiff or png"
-        )
+    refuse_size(image.width, image.height, spec.format)
     if spec.format == "jpeg2000":
         path.write_bytes(jpeg2000.encode(image.numpy(), spec.icc, spec.dpi, spec.quality))
         return

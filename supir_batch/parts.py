@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -68,10 +67,10 @@ def pixels(job: Job, fingerprint: str, box: TileBox) -> FloatImage:
     return found
 
 
-def remove(job: Job, fingerprint: str, found: Sequence[Part]) -> None:
+def remove(job: Job, fingerprint: str, count: int) -> None:
     """Delete the tiles of an image that has come to its end."""
-    for part in found:
-        place = uri(job, fingerprint, part.box.index)
+    for index in range(count):
+        place = uri(job, fingerprint, index)
         store.delete(place)
         store.delete(_about(place))
 

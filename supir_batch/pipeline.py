@@ -43,6 +43,8 @@ from supir_batch.types import Job
 def run(jobs: Sequence[Job], runtime: Runtime, on_row: Callable[[Row], None], run_id: str) -> None:
     """Do all jobs; ``on_row`` gets the run-log row (``runlog.SCHEMA``) of every image as it ends, in any order.
 
+    An image gets a second row only if two writers committed it; the row that finished later is true.
+
     An exception raised by ``on_row`` stops the run; what was committed until then stays. Raises EngineError if the
     engine or the captioner cannot be loaded.
     """
@@ -102,13 +104,14 @@ def _captioned(images: ray.data.Dataset, jobs: Sequence[Job], runtime: Runtime, 
 
 
 def _collect(rows: ray.data.Dataset, on_row: Callable[[Row], None]) -> None:
-    logged: set[str] = set()
+    logged: dict[str, str | None] = {}
     for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in table.to_pylist():
             if row["failure_kind"] == EngineError.kind:
                 raise EngineError(row["failure_message"])
-            if row["id"] not in logged:  # two writers may both see the last part of a cut image arrive
-                logged.add(row["id"])
+            # two writers may both see the last part of a cut image arrive, and the later write over the earlier
+            if row["id"] not in logged or (row["status"] == "done" and row["record_sha256"] != logged[row["id"]]):
+                logged[row["id"]] = row["record_sha256"]
                 on_row(row)
 
 

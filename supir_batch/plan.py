@@ -24,7 +24,12 @@ from supir_batch.types import Failure, Job, ModelRef, Settings, Source
 IIIF_FOLDER = "_iiif"
 """Where an output keeps what viewers want, below it."""
 
-_RESERVED = {runlog.RUNS_FOLDER, PARTS_FOLDER, CAPTIONS_FOLDER, IIIF_FOLDER}
+REPORT_FOLDER = "report"
+"""Where an output keeps its report, below it."""
+
+OWN_FOLDERS = (runlog.RUNS_FOLDER, PARTS_FOLDER, CAPTIONS_FOLDER, IIIF_FOLDER, REPORT_FOLDER)
+"""The folders of an output in which no images of its sources lie."""
+
 _EXTENSIONS = {
     "tiff": (".tif", ".tiff"),
     "png": (".png",),
@@ -206,10 +211,9 @@ def _refuse_collisions(manifest: Manifest, manifest_uri: str, jobs: Sequence[Job
     problems = []
     for job in jobs:
         relative = job.output_stem[len(manifest.output.uri.rstrip("/")) + 1 :]
-        if relative.split("/")[0] in _RESERVED:
-            problems.append(
-                f"{describe(job.source)} would be written below {relative.split('/')[0]}, which is reserved"
-            )
+        folder, _, below = relative.partition("/")
+        if below and folder in OWN_FOLDERS:
+            problems.append(f"{describe(job.source)} would be written below {folder}, which is reserved")
             continue
         earlier = first.setdefault(unicodedata.normalize("NFC", relative).casefold(), job)
         if earlier is not job:

@@ -12,7 +12,7 @@ import importlib.metadata
 import secrets
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -274,11 +274,26 @@ def done_index(table: pa.Table) -> dict[DoneKey, Done]:
     return dict(latest.values())
 
 
-def newest_done(table: pa.Table) -> dict[str, dict[str, Any]]:
-    """The newest row that says ``done`` of each output that was ever made, by its path below the output, sorted."""
-    newest = {row["output_path"]: row for row in _iterate(table, table.column_names) if row["status"] == "done"}
-    newest.pop(None, None)  # an image that was only captioned has no output
-    return dict(sorted(newest.items()))
+def newest_done(table: pa.Table, columns: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The newest row that says ``done`` of each image, by the path of its output below the output folder, sorted.
+
+    What must be there: an output of which the image has a newer one elsewhere, or that another image has written over,
+    is not among them. Rows have ``columns`` and ``output_path``: all of them would fill the memory.
+    """
+    needed = list(dict.fromkeys(["status", "id", "output_path", *columns]))
+    by_path: dict[str, dict[str, Any]] = {}
+    path_of: dict[str, str] = {}
+    for row in _iterate(table, needed):
+        if row["status"] == "done" and row["output_path"] is not None:  # one that was only captioned has none
+            by_path[row["output_path"]] = row
+            path_of[row["id"]] = row["output_path"]
+    return {path: row for path, row in sorted(by_path.items()) if path_of[row["id"]] == path}
+
+
+def output_paths(table: pa.Table) -> set[str]:
+    """The path of every output that was ever made, below the output folder; some may be gone."""
+    rows = _iterate(table, ["status", "output_path"])
+    return {row["output_path"] for row in rows if row["status"] == "done" and row["output_path"] is not None}
 
 
 def last_attempts(table: pa.Table) -> dict[str, dict[str, Any]]:

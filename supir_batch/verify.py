@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from supir_batch import checksums, commit, metadata, probe, provenance, runlog, signing, store, tiles
-from supir_batch.captions import CAPTIONS_FOLDER
 from supir_batch.errors import ImageError, ManifestError
-from supir_batch.parts import PARTS_FOLDER
-from supir_batch.plan import IIIF_FOLDER
+from supir_batch.plan import OWN_FOLDERS
 
-_OWN_FOLDERS = (runlog.RUNS_FOLDER, CAPTIONS_FOLDER, PARTS_FOLDER, IIIF_FOLDER, "report")
+_COLUMNS = (
+    *checksums.COLUMNS,
+    *("source_width", "source_height", "output_width", "output_height", "source_sha256", "settings_sha256"),
+    *("fingerprint", "seed", "setting_upscale", "setting_geometry", "setting_engine", "setting_signed"),
+)
 
 
 class Problem(NamedTuple):
@@ -40,23 +42,24 @@ def verify(output_uri: str, anchors: bytes | None = None) -> Iterator[Checked]:
     Signatures must be by somebody whom ``anchors`` (certificates, PEM) vouch for; without anchors it is enough that
     they are intact, whoever made them.
 
-    Of each image the newest row that says ``done`` counts. Raises ManifestError if there is no log, StoreError if the
-    output cannot be read.
+    Of each image the newest row that says ``done`` counts; an older output of it is known, but need not be there.
+    Raises ManifestError if there is no log, StoreError if the output cannot be read.
     """
     table = runlog.read_log(output_uri)
     if table.num_rows == 0:
         raise ManifestError(f"{output_uri}: holds no run log; give the output folder of a run, or its manifest")
-    rows = runlog.newest_done(table)
+    rows = runlog.newest_done(table, _COLUMNS)
     listed = store.join(output_uri, checksums.FILE_NAME)
-    known = {listed}
+    older = runlog.output_paths(table) - rows.keys()
+    known = {listed, *(store.join(output_uri, name) for path in older for name in checksums.places(path))}
     for path, row in rows.items():
         uri = store.join(output_uri, path)  # where it lies now: the whole folder may have been moved since
         sidecars = {store.join(output_uri, name): digest for name, digest in checksums.sidecars(row).items()}
-        known |= {uri, *sidecars}
+        known |= {uri, commit.record_uri(uri), *sidecars}  # a log may be older than the hashes of records
         yield Checked(uri, (*_image(uri, row, anchors), *_beside(sidecars)))
     if store.exists(listed):
         yield Checked(listed, tuple(_list(listed, checksums.text(rows.values()))))
-    folders = tuple(store.join(output_uri, folder) + "/" for folder in _OWN_FOLDERS)
+    folders = tuple(store.join(output_uri, folder) + "/" for folder in OWN_FOLDERS)
     for found in store.list_tree(output_uri):
         if found.uri in known or (found.uri.startswith(folders) and not store.is_partial(found.uri)):
             continue

@@ -1,7 +1,8 @@
 """Restored tiles to committed outputs: parts, assembly, color back, gate, encode, metadata, re-read, commit.
 
 Whoever brings the last tile of a cut image assembles it; there is no other coordination. Two writers may both see the
-last part arrive: they then write the same bytes, and each reports the same outcome.
+last part arrive. Their pixels are the same, their times and signatures are not, so the slower keeps what the faster has
+committed; if they commit at the same moment, each reports what it then finds, and the newer report is true.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def _failed(ticket: TileTicket, failure: Failure) -> Outcome:
 
 
 def _done(ticket: TileTicket, output: Committed) -> Outcome:
+    """The outcome of an image whose output is ``output``, whoever made it: seed and scores are those of its record."""
+    ticket = dataclasses.replace(ticket, seed=output.seed, again=output.again, scores=output.scores)
     return Outcome(
         ticket,
         "done",
@@ -98,7 +101,10 @@ def _write(ticket: TileTicket, pixels: FloatImage, carried: FloatImage) -> Outco
         if there is None:
             raise
         return _done(ticket, there)  # another writer assembled the image and removed the parts meanwhile
-    parts.remove(job, fingerprint, found)
+    except Exception:
+        parts.remove(job, fingerprint, box.count)  # the same parts would fail the same way
+        raise
+    parts.remove(job, fingerprint, box.count)
     return outcome
 
 
@@ -166,14 +172,33 @@ def _finish(
             encode.add_pyramid(path, spec)
         signed = _sign(path, ticket, facts, record, store.name(output)) if job.signing is not None else None
         encode.check_file(path, facts.output_width, facts.output_height, spec, facts.bands, facts.has_alpha)
-        result = Committed(output, commit.file_sha256(path), path.stat().st_size, _now())
+        result = Committed(
+            output,
+            commit.file_sha256(path),
+            path.stat().st_size,
+            _now(),
+            seed=ticket.seed,
+            again=ticket.again,
+            scores=ticket.scores,
+        )
         told = dataclasses.replace(facts, notes=(*record.notes, *written))
         finished = watch.record(dataclasses.replace(ticket, facts=told))
         if len(found) > 1 and (there := commit.committed(job, ticket.fingerprint, facts.format)) is not None:
             return _done(ticket, there)  # another writer was faster; times and signatures of two would differ
         told_beside = _sidecar(finished, record, result) | {"signature": signed.signer if signed else None}
         result = commit.commit(result, path, told_beside, job.sidecars, signed.credentials if signed else b"")
-    return _done(finished, result)
+    return _done(finished, result if len(found) == 1 else _last(finished, facts, result))
+
+
+def _last(ticket: TileTicket, facts: ImageFacts, ours: Committed) -> Committed:
+    """What is there now that ``ours`` was committed: another writer of the same image may have written over it.
+
+    The time is the one before looking, so that of two reports the one that saw the last writes is the newer. If the
+    other is between its writes, nothing counts yet: it will report in its turn.
+    """
+    looked_at = datetime.datetime.now(datetime.UTC).isoformat()
+    there = commit.committed(ticket.job, ticket.fingerprint, facts.format)
+    return dataclasses.replace(there or ours, finished_at=looked_at)
 
 
 def _sign(path: Path, ticket: TileTicket, facts: ImageFacts, record: provenance.ProvenanceRecord, name: str) -> Signed:

@@ -3,8 +3,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import struct
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageOps
 
-from supir_batch import color
+from supir_batch import color, readers
 from supir_batch.decode import DecodedTile, decode, preview
 from supir_batch.types import Job, Outcome
 
@@ -334,3 +337,49 @@ def test_the_source_is_left_as_it_was(tmp_path: Path, make_job: MakeJob) -> None
     before = (path.read_bytes(), path.stat().st_mtime_ns)
     assert _only(make_job(path)).ticket.failure is None
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+
+
+@pytest.mark.parametrize(("target", "most"), [("jpeg", 65535), ("webp", 16383)])
+def test_an_output_too_large_for_its_format_is_refused_before_any_work(
+    tmp_path: Path, make_job: MakeJob, target: str, most: int
+) -> None:
+    path = tmp_path / "a.png"
+    Image.new("L", (most + 1, 4)).save(path)
+    (tile,) = decode(make_job(path, format=target), 16)
+    assert tile.ticket.failure is not None
+    assert tile.ticket.failure.kind == "unsupported"
+    assert (
+        f"a {target} cannot be {most + 1} x 4 pixels; set output.format to tiff or png" in tile.ticket.failure.message
+    )
+    Image.new("L", (most, 4)).save(path)
+    (tile,) = decode(make_job(path, format=target), 16)
+    assert tile.ticket.failure is None
+
+
+def test_each_tile_has_its_own_time_and_the_first_that_of_reading(
+    tmp_path: Path, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    decoding = sys.modules[decode.__module__]
+    read, work = readers.read, decoding._working
+
+    def reading(*args: Any) -> readers.Raster:
+        now[0] += 5
+        return read(*args)
+
+    def working(*args: Any) -> Any:
+        now[0] += 2
+        return work(*args)
+
+    monkeypatch.setattr(readers, "read", reading)
+    monkeypatch.setattr(decoding, "_working", working)
+    path = tmp_path / "a.png"
+    Image.new("RGB", (160, 120), "teal").save(path)
+    seconds = []
+    for tile in decode(make_job(path, max_pixels=100 * 100), 16):
+        (record,) = tile.ticket.records
+        seconds.append(record.seconds)
+        now[0] += 100  # while nobody asks for the next tile
+    assert len(seconds) > 2
+    assert seconds == [7.0] + [2.0] * (len(seconds) - 1)

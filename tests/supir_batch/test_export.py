@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,17 @@ def test_a_bag_is_valid_and_holds_what_is_done(make: Make, tmp_path: Path) -> No
         *("bagit.txt", "bag-info.txt", "manifest-sha256.txt"),
     }
     assert (tmp_path / "bag" / "data" / "a.png").read_bytes() == (output / "a.png").read_bytes()
+
+
+def test_a_log_that_is_older_than_the_hashes_of_records(make: Make, tmp_path: Path) -> None:
+    output = make("a.png")
+    rows = runlog.read_log(str(output)).to_pylist()
+    shutil.rmtree(output / "_runs")
+    with RunLog(str(output), "run") as log:
+        for row in rows:
+            log.append(row | {"record_sha256": None})
+    assert export.bag(str(output), str(tmp_path / "bag")) == 1
+    assert (tmp_path / "bag/data/a.png.json").read_bytes() == (output / "a.png.json").read_bytes()
 
 
 def test_the_validator_would_see_a_changed_bag(make: Make, tmp_path: Path) -> None:

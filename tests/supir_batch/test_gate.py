@@ -96,6 +96,9 @@ def test_tiles_count_by_area(photograph: FloatImage) -> None:
     assert (together.area, together.color_drift, together.finite) == (400, 2.0, False)
 
 
+_SCORES = ("color_drift", "similarity", "dead", "seam")
+
+
 # --- in the stages -------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +192,31 @@ def test_of_a_cut_image_only_the_bad_tile_is_tried_again(source: Path, make_job:
     assert (row["status"], row["tiles"], row["seed"], engine.seeds) == ("done", 3, first, [second_seed(first)])
     assert "tiles 2 of 3" in row["notes"]
     assert 0 <= row["gate_seam"] < 1e-6
+
+
+@pytest.mark.parametrize("cut", [{}, {"max_pixels": 160 * 160}])
+def test_an_output_found_again_is_logged_with_the_seed_and_scores_of_its_record(
+    source: Path, make_job: MakeJob, cut: dict[str, int]
+) -> None:
+    job = make_job(source, **cut)
+    first = restored(job, _Faulty({0, 1, 2}, hopeless=False))
+    again = restored(job, _Faulty(set(), hopeless=False))
+    assert (again["recovered"], first["recovered"]) == (True, False)
+    assert again["seed"] == second_seed(item_seed(job.settings, first["source_sha256"]))
+    for column in ("seed", "restored_again", "gate_finite", *(f"gate_{key}" for key in _SCORES)):
+        assert again[column] == first[column], column
+
+
+def test_a_late_tile_is_logged_with_the_seed_of_the_image(source: Path, make_job: MakeJob) -> None:
+    job, stage = make_job(source, max_pixels=160 * 160), RestoreStage(None, "cpu")
+    stage._loaded = _Faulty({1}, hopeless=False)
+    late = list(decode(job, 16))[1]
+    row = restored(job, _Faulty({1}, hopeless=False))
+    batch = {"ticket": [pickle.dumps(late.ticket)], "pixels": [late.pixels], "carried": [late.carried]}
+    (again,) = write_stage({key: values[0] for key, values in stage(batch).items()}, "run")
+    assert (again["seed"], again["restored_again"]) == (row["seed"], True)
+    assert again["seed"] == item_seed(job.settings, row["source_sha256"])
+    assert again["gate_similarity"] == row["gate_similarity"]
 
 
 def test_tiles_that_do_not_fit_together_are_refused(source: Path, make_job: MakeJob) -> None:

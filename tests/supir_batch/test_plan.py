@@ -193,9 +193,12 @@ def test_an_output_never_overwrites_an_input_through_a_link(archive: Archive, tm
         archive.plan(str(archive.input / "a.tif"))
 
 
-def test_the_folders_of_the_log_are_reserved(archive: Archive) -> None:
-    archive.add("_runs/a.tif")
-    with pytest.raises(ManifestError, match="would be written below _runs, which is reserved"):
+@pytest.mark.parametrize("folder", ["_runs", "_parts", "_captions", "_iiif", "report"])
+def test_the_folders_of_an_output_are_reserved(archive: Archive, folder: str) -> None:
+    archive.add(f"{folder}.tif")
+    archive.plan()
+    archive.add(f"{folder}/a.tif")
+    with pytest.raises(ManifestError, match=f"would be written below {folder}, which is reserved"):
         archive.plan()
 
 

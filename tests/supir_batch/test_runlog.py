@@ -5,6 +5,7 @@ import re
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset
@@ -203,6 +204,31 @@ def test_an_output_written_over_is_not_done() -> None:
     ten, twenty = outcome(steps=10), outcome(steps=20)
     index = runlog.done_index(table_of(ten, twenty))
     assert [key.settings_sha256 for key in index] == [twenty.ticket.job.settings_sha256]
+
+
+def _at(second: int, id: str = "a.tif", path: str | None = "a.tif") -> dict[str, Any]:
+    row = runlog.to_row(outcome(id=id, finished=f"2026-01-02T00:00:0{second}"), "run")
+    return row | {"output_path": path, "output_sha256": str(second)}
+
+
+def test_only_the_newest_output_of_an_image_must_be_there() -> None:
+    rows = [
+        _at(1),
+        _at(2, path="a.png"),
+        _at(3, path=None),
+        _at(1, "b", "b.tif"),
+        _at(2, "c", "b.tif"),
+        _at(1, "d", "d"),
+    ]
+    table = pa.Table.from_pylist(sorted(rows, key=lambda row: str(row["finished_at"])), schema=runlog.SCHEMA)
+    newest = runlog.newest_done(table, ["output_sha256", "output_path"])
+    assert {path: (row["id"], row["output_sha256"]) for path, row in newest.items()} == {
+        "a.png": ("a.tif", "2"),
+        "b.tif": ("c", "2"),
+        "d": ("d", "1"),
+    }
+    assert set(newest["d"]) == {"status", "id", "output_path", "output_sha256"}
+    assert runlog.output_paths(table) == {"a.tif", "a.png", "b.tif", "d"}
 
 
 def test_the_newest_attempt_counts(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +92,30 @@ def test_missing_foreign_and_unfinished_files_are_named(output: Path) -> None:
         ("e.tif.json", "foreign"),
         ("sub/d.png", "foreign"),
     ]
+
+
+def _rewrite_log(output: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    rows = [change(row) for row in runlog.read_log(str(output)).to_pylist()]
+    shutil.rmtree(output / "_runs")
+    with RunLog(str(output), "run") as log:
+        for row in rows:
+            log.append(row)
+
+
+def test_a_superseded_output_may_be_there_or_gone(tmp_path: Path, output: Path, restore: Restore) -> None:
+    with RunLog(str(output), "second") as log:
+        log.append(runlog.to_row(restore(tmp_path / "a.png", format="tiff"), "second"))
+    assert problems(output) == []
+    for path in output.glob("a.png*"):
+        path.unlink()
+    assert problems(output) == []
+    (output / "a.tif").unlink()
+    assert problems(output) == [("a.tif", "missing")]
+
+
+def test_a_log_that_is_older_than_the_hashes_of_records(output: Path) -> None:
+    _rewrite_log(output, lambda row: row | {"record_sha256": None})
+    assert problems(output) == []
 
 
 def test_an_output_that_was_moved_is_still_sound(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

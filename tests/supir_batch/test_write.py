@@ -14,6 +14,7 @@ from PIL import Image
 
 from supir_batch import commit, encode, parts, store
 from supir_batch.decode import DecodedTile, decode, read_srgb
+from supir_batch.errors import ImageError, StoreError
 from supir_batch.metadata import read_claims
 from supir_batch.probe import probe
 from supir_batch.types import Failure, FloatImage, Job, Outcome
@@ -177,6 +178,49 @@ def test_two_writers_that_both_see_the_last_part(
     assert _files(tmp_path / "out") == ["a.png", "a.png.json"]
 
 
+def test_two_writers_that_commit_at_the_same_moment_report_what_stays(
+    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = list(decode(make_job(_photo(tmp_path / "a.png", rng), max_pixels=100 * 100), 16))
+    put, inner = store.write_atomic, list[Outcome | None]()
+
+    def commit_between(uri: str, data: bytes | Path) -> None:
+        if uri.endswith("a.png.json") and not inner:  # the first has looked, and is about to write its record
+            inner.append(None)
+            inner[0] = _write(
+                dataclasses.replace(tiles[0], ticket=dataclasses.replace(tiles[0].ticket, started_at="x"))
+            )
+        put(uri, data)
+
+    monkeypatch.setattr("supir_batch.store.write_atomic", commit_between)
+    outer = [_write(tile) for tile in tiles][-1]
+    faster = inner[0]
+    assert outer is not None
+    assert faster is not None
+    assert (outer.status, faster.status) == ("done", "done")
+    assert outer.record_sha256 != faster.record_sha256
+    assert commit.file_sha256(Path(commit.record_uri(outer.output_uri))) == outer.record_sha256
+    assert outer.finished_at > faster.finished_at
+
+
+def test_a_writer_whose_record_was_written_over_reports_the_one_that_is_there(
+    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = list(decode(make_job(_photo(tmp_path / "a.png", rng), max_pixels=100 * 100), 16))
+    put = store.write_atomic
+
+    def another_record_follows(uri: str, data: bytes | Path) -> None:
+        put(uri, data)
+        if uri.endswith("a.png"):
+            record = Path(f"{uri}.json")
+            record.write_text(record.read_text().replace('"started_at": "', '"started_at": "1'))
+
+    monkeypatch.setattr("supir_batch.store.write_atomic", another_record_follows)
+    outcome = [_write(tile) for tile in tiles][-1]
+    assert outcome is not None
+    assert commit.file_sha256(Path(commit.record_uri(outcome.output_uri))) == outcome.record_sha256
+
+
 def test_parts_that_vanish_because_another_writer_finished(
     tmp_path: Path, make_job: MakeJob, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,7 +273,47 @@ def test_a_tile_that_comes_after_the_image_was_finished_leaves_nothing_behind(
     assert _files(tmp_path / "out") == ["a.png", "a.png.json"]
 
 
+@pytest.mark.parametrize("error", [ImageError("encode-failed", "x"), ValueError("x")])
+def test_parts_that_cannot_be_assembled_are_removed(
+    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    tiles = list(decode(make_job(_photo(tmp_path / "a.png", rng), max_pixels=100 * 100), 16))
+    monkeypatch.setattr("supir_batch.encode.encode_strips", fail)
+    assert _failure([_write(tile) for tile in tiles][-1]).stage == "write"
+    assert _files(tmp_path / "out") == []
+
+
+def test_parts_stay_if_the_store_fails(
+    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise StoreError("no space")
+
+    tiles = list(decode(make_job(_photo(tmp_path / "a.png", rng), max_pixels=100 * 100), 16))
+    monkeypatch.setattr("supir_batch.commit.commit", fail)
+    assert _failure([_write(tile) for tile in tiles][-1]).kind == "store"
+    assert len(_files(tmp_path / "out")) == 2 * len(tiles)
+
+
 # ------------------------------------------------------------------------------------------------------- commits
+
+
+def test_nothing_is_deleted_that_is_not_there(
+    tmp_path: Path, restore: Restore, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(uri: str) -> None:
+        raise StoreError(f"{uri}: access denied")
+
+    path = _photo(tmp_path / "a.png", rng)
+    with monkeypatch.context() as patch:
+        patch.setattr("supir_batch.store.delete", denied)
+        assert restore(path, sidecars=("json",)).status == "done"
+    assert restore(path, upscale=2.0, sidecars=("json", "premis")).status == "done"
+    assert restore(path, sidecars=("json",)).status == "done"
+    assert _files(tmp_path / "out") == ["a.png", "a.png.json"]
 
 
 def test_a_kill_between_record_and_image_is_seen(
