@@ -245,7 +245,7 @@ TINY = ModelConfig(
     stride=96,
     min_size=0,
     presets={
-        "fidelity": SamplingDefaults(10, 1.0, 1.0, 1.0, 0.25, 0.0, 1.0, "wavelet"),
+        "fidelity": SamplingDefaults(10, 1.0, 1.0, 1.0, 0.12, 0.0, 1.0, "wavelet"),
         "quality": SamplingDefaults(10, 1.0, 1.5, 1.0, 1.0, 0.0, 1.0, "wavelet"),
     },
     positive_prompt=", sharp, clean, high quality",
