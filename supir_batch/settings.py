@@ -219,6 +219,8 @@ class Engine(_Section):
                 f"weights '{self._config.name}' may be used under the license '{needed}' only; "
                 f"read it and add 'accept_license: {needed}'"
             )
+        if self.precision == "float16" and self._config.name == TINY.name:
+            raise ValueError("precision 'float16' overflows in weights 'tiny'; use bfloat16 or float32")
         return self
 
 

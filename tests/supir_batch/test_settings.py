@@ -388,6 +388,12 @@ def test_sidecars_are_known_always_hold_the_record_and_make_no_new_work(tmp_path
             load(tmp_path, MINIMAL, {"output.sidecars": wrong})
 
 
+def test_the_small_model_refuses_the_format_that_it_overflows_in(tmp_path: Path) -> None:
+    (line,) = refusal(tmp_path, MINIMAL + "engine: {precision: float16}\n")
+    assert line.endswith("precision 'float16' overflows in weights 'tiny'; use bfloat16 or float32")
+    assert load(tmp_path, MINIMAL + "engine: {precision: bfloat16}\n").engine.precision == "bfloat16"
+
+
 def test_limits_of_the_gate_identify_no_work(tmp_path: Path) -> None:
     close, free = (
         resolve(load(tmp_path, MINIMAL + f"gate: {{color_drift: {limit}}}\n"), SOURCE, "ab") for limit in (2.0, 9.0)
