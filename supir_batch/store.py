@@ -15,6 +15,7 @@ import posixpath
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from supir_batch.errors import StoreError, TransientStoreError
 PARTIAL_SUFFIX = ".partial"
 
 _PIECE = 4 * 1024 * 1024  # bytes read at once from a large object
+_RACE_S = 3.0  # longer than a look and a put take: within it all who race for one name have written
 _MAX_NAME_BYTES = 255  # of one path component, on every file system we know
 
 # Object stores have no folders: asking them to make one may create a bucket.
@@ -356,24 +358,38 @@ def write_atomic(uri: str, data: bytes | Path) -> None:
                 fs.pipe_file(path, data)
         return
     target = local_path(uri)
-    with _errors(uri, "write"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temp = target.with_name(_partial_name(target.name))
-        try:
-            with open(temp, "xb") as sink:
-                if isinstance(data, Path):
-                    with data.open("rb") as source:
-                        shutil.copyfileobj(source, sink, 1 << 20)
-                else:
-                    sink.write(data)
-                sink.flush()
-                os.fsync(sink.fileno())
-            os.replace(temp, target)
-        except BaseException:  # also an interrupt: no temp is left behind
-            with suppress(FileNotFoundError):
-                temp.unlink()
-            raise
+    with _errors(uri, "write"), _temp_beside(target, data) as temp:
+        os.replace(temp, target)
         _sync_folder(target.parent)
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Put ``data`` at ``uri`` if nothing is there; True when it was us. Readers see all of it or nothing.
+
+    ``data`` must hold something that nobody else writes (a random token): by it a lost answer is told from a lost race.
+    Local: a temp that is linked to its name. Elsewhere: a put on the condition that nothing is there, which S3, Google
+    and Azure keep. A second such put shows whether the server keeps it; with one that does not, all who race wait and
+    the last writer has won. On a file system without hard links a reader may for a moment see an empty object.
+    """
+    if is_local(uri):
+        target = local_path(uri)
+        with _errors(uri, "create"), _temp_beside(target, data) as temp:
+            try:
+                os.link(temp, target)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                    raise
+                return _create_without_links(target, data)
+            _sync_folder(target.parent)
+        return True
+    if find(uri) is not None:
+        return False
+    with _errors(uri, "create"):
+        if _put_if_absent(uri, data) and _put_if_absent(uri, data):
+            time.sleep(_RACE_S)
+    return read_bytes(uri) == data
 
 
 def delete(uri: str) -> None:
@@ -421,6 +437,61 @@ def _open(uri: str, offset: int) -> Any:
         file.close()
         raise
     return file
+
+
+@contextmanager
+def _temp_beside(target: Path, data: bytes | Path) -> Iterator[Path]:
+    """A hidden file beside ``target`` with ``data``, on the disk; gone afterwards, also after an interrupt."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temp = target.with_name(_partial_name(target.name))
+    try:
+        with open(temp, "xb") as sink:
+            if isinstance(data, Path):
+                with data.open("rb") as source:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+            else:
+                sink.write(data)
+            sink.flush()
+            os.fsync(sink.fileno())
+        yield temp
+    finally:
+        with suppress(FileNotFoundError):
+            temp.unlink()
+
+
+def _create_without_links(target: Path, data: bytes) -> bool:
+    try:
+        with open(target, "xb") as sink:
+            sink.write(data)
+            sink.flush()
+            os.fsync(sink.fileno())
+    except FileExistsError:
+        return False
+    return True
+
+
+def _put_if_absent(uri: str, data: bytes) -> bool:
+    """Whether the store took ``data``; False when it answered that something is there already."""
+    fs, path = filesystem(uri)
+    try:
+        fs.pipe_file(path, data, mode="create")
+    except OSError as error:
+        if isinstance(error, FileExistsError) or _code(error) in ("PreconditionFailed", "412"):
+            return False
+        if _code(error) not in ("NotImplemented", "501"):
+            raise
+        fs.pipe_file(path, data)  # a server that refuses conditions
+    return True
+
+
+def _code(error: BaseException | None) -> str:
+    """The store's own word for what went wrong (``NoSuchBucket``, ``AccessDenied``, ...); empty when there is none."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, Mapping):
+            return str(response.get("Error", {}).get("Code", ""))
+        error = error.__cause__
+    return ""
 
 
 def _below(inner: str, outer: str) -> str | None:

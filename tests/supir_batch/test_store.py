@@ -4,6 +4,7 @@ import errno
 import os
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,36 @@ def test_the_temp_lies_hidden_beside_the_target_and_fits_any_name(
     store.write_atomic(str(tmp_path / "a.tif"), b"x")
     assert all(path.parent == tmp_path and store.is_partial(str(path)) for path in seen)
     assert seen[1].name.startswith(".a.tif.")
+
+
+def test_create_keeps_what_is_there(base: str) -> None:
+    uri = store.join(base, "lease/a.json")
+    assert store.create(uri, b"first")
+    assert not store.create(uri, b"second")
+    assert store.read_bytes(uri) == b"first"
+    store.delete(uri)
+    assert store.create(uri, b"third")
+    assert [found.uri for found in store.list_tree(base)] == [uri]
+
+
+def test_of_many_who_create_one_wins(base: str) -> None:
+    uri = store.join(base, "lease.json")
+    tokens = [f"{i}".encode() for i in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        won = list(pool.map(lambda token: store.create(uri, token), tokens))
+    assert [token for token, mine in zip(tokens, won, strict=True) if mine] == [store.read_bytes(uri)]
+
+
+def test_create_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")  # as exFAT answers
+
+    monkeypatch.setattr(os, "link", unsupported)
+    uri = str(tmp_path / "lease.json")
+    assert store.create(uri, b"first")
+    assert not store.create(uri, b"second")
+    assert Path(uri).read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["lease.json"]
 
 
 def test_stale_temps_are_removed(tmp_path: Path) -> None:
