@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from supir_batch import runlog, store
 from supir_batch.captions import CAPTIONS_FOLDER
-from supir_batch.driver import Stopped, exit_code, signal_number, signals
+from supir_batch.driver import Stop, Stopped, exit_code, signal_number, signals
 from supir_batch.errors import ManifestError
 from supir_batch.plan import Plan
 from supir_batch.progress import progress
@@ -107,8 +107,8 @@ def write_captions(manifest: Manifest, plan: Plan, list_uri: str) -> CaptionSumm
             if wanted:
                 from supir_batch import pipeline  # noqa: PLC0415 (Ray takes seconds)
 
-                with signals():
-                    pipeline.caption(wanted, manifest.runtime, on_row, run_id)
+                with signals(asked := Stop()):
+                    pipeline.caption(wanted, manifest.runtime, on_row, run_id, asked)
         except (Stopped, KeyboardInterrupt, SystemExit) as stop:
             stopped_by = signal_number(stop)
         except Exception as error:

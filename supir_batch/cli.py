@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from supir_batch import __version__
-from supir_batch.errors import ManifestError, SupirBatchError
+from supir_batch.errors import LeaseError, ManifestError, SupirBatchError
 from supir_model.errors import SupirModelError
 
 if TYPE_CHECKING:
     from supir_batch.caption_list import CaptionSummary
-    from supir_batch.driver import Summary
+    from supir_batch.driver import Limits, Summary
     from supir_batch.evaluate import Comparison, LeftOut
     from supir_batch.plan import Plan
     from supir_batch.settings import Manifest
@@ -34,7 +34,7 @@ _SHOWN = 20  # entries of a list for people; --json has them all
 
 _EPILOG = (
     "Exit codes: 0 all done; 1 internal error; 2 usage or manifest; 3 finished, but some images failed; "
-    "4 stopped early, the same command resumes; 6 verify found a mismatch; "
+    "4 stopped early, the same command resumes; 5 another run is writing to the output; 6 verify found a mismatch; "
     "130 / 143 stopped by a signal, the same command resumes."
 )
 
@@ -88,6 +88,12 @@ def run(
     manifest: ManifestArgument,
     overrides: SetOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Restore at most this many images.")] = None,
+    max_failures: Annotated[
+        str | None, typer.Option(metavar="N|N%", help="Stop when more images fail than this, of all that are to do.")
+    ] = None,
+    max_duration: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Stop after 90s, 45m or 10h; images on their way are finished.")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -95,6 +101,7 @@ def run(
     with _errors(debug):
         from supir_batch.driver import execute
 
+        limits = _limits(limit, max_failures, max_duration)
         loaded, plan = _plan(manifest, overrides)
         typer.echo(
             f"{len(plan.todo)} to do, {len(plan.done)} done before, {len(plan.refused)} refused"
@@ -108,12 +115,13 @@ def run(
 
             if warning := signing.check(loaded.signing.files):
                 typer.echo(f"warning: {warning}", err=True)
-        summary = execute(loaded, manifest, plan, limit)
+        summary = execute(loaded, manifest, plan, limits)
         if summary.error is not None:
             _complain(summary.error, debug)
         again = ["supir-batch", "run", manifest]
         again += [word for override in overrides or [] for word in ("--set", override)]
-        again += ["--limit", str(limit)] if limit else []
+        flags = {"--limit": limit, "--max-failures": max_failures, "--max-duration": max_duration}
+        again += [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
         if as_json:
             typer.echo(json.dumps(_summary_data(summary)))
         else:
@@ -337,6 +345,25 @@ def evaluate(
         raise typer.Exit(3 if evaluation.left_out else 0)
 
 
+def _limits(limit: int | None, max_failures: str | None, max_duration: str | None) -> Limits:
+    import re
+
+    from supir_batch.driver import Limits
+
+    failures, seconds = None, None
+    if max_failures is not None:
+        if (found := re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)%", max_failures)) is None:
+            raise ManifestError(
+                f"--max-failures {max_failures}: is neither a number nor a percentage, such as 20 or 1%"
+            )
+        failures = float(found[1]) if found[1] else float(found[2]) / 100
+    if max_duration is not None:
+        if (found := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", max_duration)) is None:
+            raise ManifestError(f"--max-duration {max_duration}: is no time, such as 90s, 45m or 10h")
+        seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+    return Limits(limit, seconds, failures, share=bool(max_failures and max_failures.endswith("%")))
+
+
 def _jobs_to_evaluate(plan: Plan, limit: int | None) -> list[Job]:
     jobs = [todo.job for todo in plan.todo][:limit]
     if not jobs and plan.refused:
@@ -457,6 +484,8 @@ def _errors(debug: bool) -> Iterator[None]:
         _complain(error, debug)
         if not isinstance(error, SupirBatchError | SupirModelError):
             raise typer.Exit(1) from None
+        if isinstance(error, LeaseError):
+            raise typer.Exit(5) from None
         raise typer.Exit(4 if getattr(error, "retryable", False) else 2) from None
 
 
@@ -531,6 +560,7 @@ def _summary_data(summary: Summary) -> dict[str, Any]:
         "left": summary.left,
         "seconds": round(summary.seconds, 3),
         "stopped_by_signal": summary.stopped_by,
+        "stopped_because": summary.reason or None,
         "error": str(summary.error) if summary.error else None,
         "exit_code": summary.exit_code,
     }
@@ -546,6 +576,8 @@ def _summary_text(summary: Summary, again: str) -> str:
     lines.append(f"skipped  {summary.skipped} done before")
     if summary.left:
         lines.append(f"left     {summary.left}")
+    if summary.reason:
+        lines.append(f"stopped  {summary.reason}")
     lines += [f"time     {duration(summary.seconds)}", f"outputs  {summary.output_uri}"]
     if summary.log_uri:
         lines.append(f"log      {summary.log_uri}")

@@ -21,6 +21,7 @@ from supir_batch import (
     commit,
     encode,
     metadata,
+    parts,
     probe,
     readers,
     released,
@@ -67,32 +68,33 @@ class Preview:
     pixels: FloatImage
 
 
-def preview(job: Job, restoring: bool = True) -> Preview:
+def preview(job: Job, restoring: bool = True, look: bool = True) -> Preview:
     """What the captioner must see of the source of ``job``; nothing if its caption is kept from an earlier run.
 
-    With ``restoring``, an image whose output is already committed needs no caption either. No exception leaves: what is
-    wrong becomes the ticket's failure.
+    With ``restoring``, an image whose output is already committed needs no caption either. Without ``look``, its pixels
+    are given whatever is kept or committed. No exception leaves: what is wrong becomes the ticket's failure.
     """
     blank = TileTicket(job, started_at=_now())
     try:
-        return _preview(blank, restoring)
+        return _preview(blank, restoring, look)
     except Exception as error:
         return Preview(dataclasses.replace(blank, failure=failure_of("decode", job.source, error)), _NO_PIXELS)
 
 
-def decode(job: Job, alignment: int, seen: TileTicket | None = None) -> Iterator[DecodedTile]:
+def decode(job: Job, alignment: int, seen: TileTicket | None = None, look: bool = True) -> Iterator[DecodedTile]:
     """Read the source of ``job`` and yield its tiles, whose origins are multiples of ``alignment`` pixels.
 
     ``seen`` is the ticket that came of its preview; the tiles carry on its caption. One tile without pixels is yielded
     if the output is already committed (``recovered``) or if anything is wrong (``failure``); no exception leaves,
-    because it would stop all other images.
+    because it would stop all other images. Tiles that an earlier run has kept are left out;
+    if it kept all, one comes without pixels (``kept``). Without ``look``, all tiles are given, whatever is there.
     """
     blank = seen or TileTicket(job, started_at=_now())
     if not blank.has_work:
         yield DecodedTile(blank, _NO_PIXELS, _NO_PIXELS)
         return
     try:
-        yield from _decode(blank, alignment)
+        yield from _decode(blank, alignment, look)
     except Exception as error:
         failed = dataclasses.replace(blank, failure=failure_of("decode", job.source, error))
         yield DecodedTile(failed, _NO_PIXELS, _NO_PIXELS)
@@ -108,14 +110,14 @@ def read_srgb(path: Path, page: int = 1) -> tuple[FloatImage, NDArray[np.float32
     return color.to_srgb(colors, raster.icc), alpha[..., 0] if alpha.size else np.zeros((0, 0), np.float32)
 
 
-def _preview(blank: TileTicket, restoring: bool) -> Preview:
+def _preview(blank: TileTicket, restoring: bool, look: bool) -> Preview:
     watch = Stopwatch("decode")
     with _source(blank) as path:
         header = _header(blank.job, path)
         ticket = _identify(blank, path, header)
-        if restoring and _is_committed(ticket):
+        if look and restoring and _is_committed(ticket):
             return Preview(dataclasses.replace(ticket, recovered=True), _NO_PIXELS)
-        kept = captions.find(ticket)
+        kept = captions.find(ticket) if look else None
         if kept is not None:
             return Preview(watch.record(dataclasses.replace(ticket, caption=kept)), _NO_PIXELS)
         raster = readers.read(path, header)
@@ -123,7 +125,7 @@ def _preview(blank: TileTicket, restoring: bool) -> Preview:
     return Preview(watch.record(ticket), pixels)
 
 
-def _decode(blank: TileTicket, alignment: int) -> Iterator[DecodedTile]:
+def _decode(blank: TileTicket, alignment: int, look: bool) -> Iterator[DecodedTile]:
     watch = Stopwatch("decode")
     chosen = blank.job.settings
     with _source(blank) as path:
@@ -132,7 +134,7 @@ def _decode(blank: TileTicket, alignment: int) -> Iterator[DecodedTile]:
         facts = ticket.facts
         if facts is None:
             raise ValueError("the ticket carries no image facts")
-        if _is_committed(ticket):
+        if look and _is_committed(ticket):
             yield DecodedTile(dataclasses.replace(ticket, recovered=True), _NO_PIXELS, _NO_PIXELS)
             return
         raster = readers.read(path, header)
@@ -149,7 +151,14 @@ def _decode(blank: TileTicket, alignment: int) -> Iterator[DecodedTile]:
     )
     ticket = dataclasses.replace(ticket, facts=facts, source_metadata=described.to_bytes())
     squashed = _squashed(raster, facts) if chosen.geometry == "released" else None
-    for box in tiles.plan_tiles(facts.work_width, facts.work_height, chosen.max_pixels, chosen.overlap, alignment):
+    boxes = tiles.plan_tiles(facts.work_width, facts.work_height, chosen.max_pixels, chosen.overlap, alignment)
+    if look and len(boxes) > 1:
+        missing = [box for box in boxes if not parts.is_kept(blank.job, ticket.fingerprint, box.index)]
+        if not missing:
+            kept = dataclasses.replace(ticket, box=boxes[-1], kept=True)
+            yield DecodedTile(watch.record(kept), _NO_PIXELS, _NO_PIXELS)
+        boxes = tuple(missing)
+    for box in boxes:
         pixels, carried = _working(raster, facts, box)
         if squashed is not None:
             pixels = np.ascontiguousarray(squashed[box.y : box.y + box.height, box.x : box.x + box.width])

@@ -5,8 +5,10 @@ The pixels' way is in pipeline.py; here only run-log rows pass.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +18,7 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import Any
 
-from supir_batch import __version__, checksums, runlog, store
+from supir_batch import __version__, checksums, lease, runlog, store
 from supir_batch.errors import StoreError
 from supir_batch.plan import Plan, RefusedJob
 from supir_batch.progress import progress
@@ -47,8 +49,9 @@ class Summary:
     skipped: int  # done by earlier runs
     left: int  # still to do
     seconds: float
-    stopped_by: int | None = None  # signal number
+    stopped_by: int | None = None  # signal number, of the second signal: the first lets images in flight finish
     error: Exception | None = None  # what ended the run early
+    reason: str = ""  # why the run let no more images in; "" if it did not stop by itself or by a first signal
 
     @property
     def exit_code(self) -> int:
@@ -56,28 +59,59 @@ class Summary:
         return exit_code(self.stopped_by, self.error is not None or self.left > 0, bool(self.failed))
 
 
+@dataclass(frozen=True)
+class Limits:
+    """When a run ends early; None: never. ``failures`` is a number of images, or with ``share`` their share of all."""
+
+    images: int | None = None
+    seconds: float | None = None
+    failures: float | None = None
+    share: bool = False
+
+    def too_many(self, failed: int, jobs: int) -> bool:
+        """Whether ``failed`` of ``jobs`` images are more than may fail."""
+        return self.failures is not None and failed > (self.failures * jobs if self.share else self.failures)
+
+
+class Stop(threading.Event):
+    """Set once, with the reason, when no more images are to be let in."""
+
+    reason = ""
+
+    def because(self, reason: str) -> None:
+        """Stop, unless it has been said before."""
+        if not self.is_set():
+            self.reason = reason
+            self.set()
+
+
 class Stopped(BaseException):
-    """A signal asked the run to stop; ``number`` says which."""
+    """A second signal asked the run to stop at once; ``number`` says which."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
 
 
-def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limit: int | None = None) -> Summary:
-    """Do the plan's work, at most ``limit`` images of it.
+def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limits: Limits) -> Summary:
+    """Do the plan's work, within ``limits``.
 
-    Every image ends as a row of the run log. A signal or an error that is not one image's ends the run early, after
-    the rows so far are safely written; the summary then says so. Raises ManifestError, before any work, if a foreign
-    file lies where the list of hashes goes.
+    Every image ends as a row of the run log. A first signal, a limit, or an error that is not one image's ends the run
+    early, after the rows so far are safely written; the summary then says so. Raises, before any work, ManifestError
+    if a foreign file lies where the list of hashes goes, and LeaseError if another run is writing to the output.
     """
     checksums.refuse_foreign(plan.output_uri)
-    jobs = [entry.job for entry in plan.todo][:limit]
+    run_id, stop = runlog.new_run_id(), Stop()
+    with lease.held(plan.output_uri, run_id, lambda: stop.because("another run has taken over the output")):
+        return _execute(manifest, manifest_uri, plan, limits, run_id, stop)
+
+
+def _execute(manifest: Manifest, manifest_uri: str, plan: Plan, limits: Limits, run_id: str, stop: Stop) -> Summary:
+    jobs = [entry.job for entry in plan.todo][: limits.images]
     started = time.monotonic()
     if not jobs and not plan.refused:
         checksums.renew(plan.output_uri)  # a killed run left none
         return Summary(plan.output_uri, "", 0, 0, {}, len(plan.done), len(plan.todo), 0.0)
-    run_id = runlog.new_run_id()
     folder = runlog.run_folder(plan.output_uri, run_id)
     store.remove_partials(plan.output_uri)
     checksums.remove(plan.output_uri)
@@ -98,6 +132,8 @@ def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limit: int | None
             rows["recovered" if row["status"] == "done" and row["recovered"] else row["status"]] += 1
             if row["status"] == "failed":
                 failed[row["failure_kind"]] += 1
+                if limits.too_many(rows["failed"], len(jobs) + len(plan.refused)):
+                    stop.because(f"{rows['failed']} images failed, more than --max-failures allows")
             display.update(row)
 
         for refused in plan.refused:
@@ -105,9 +141,10 @@ def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limit: int | None
         log.flush()
         try:
             if jobs:
-                _stream(manifest, run_id, jobs, on_row)
-        except (Stopped, KeyboardInterrupt, SystemExit) as stop:
-            stopped_by = signal_number(stop)
+                with signals(stop), _timer(limits.seconds, stop):
+                    _stream(manifest, run_id, jobs, on_row, stop)
+        except (Stopped, KeyboardInterrupt, SystemExit) as signaled:
+            stopped_by = signal_number(signaled)
         except Exception as error:
             stop_error = error
     try:
@@ -127,19 +164,36 @@ def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limit: int | None
         seconds=time.monotonic() - started,
         stopped_by=stopped_by,
         error=stop_error,
+        reason=stop.reason,
     )
 
 
-def _stream(manifest: Manifest, run_id: str, jobs: list[Any], on_row: Callable[[dict[str, Any]], None]) -> None:
+def _stream(
+    manifest: Manifest, run_id: str, jobs: list[Any], on_row: Callable[[dict[str, Any]], None], stop: Stop
+) -> None:
     from supir_batch import pipeline  # noqa: PLC0415 (Ray takes seconds; only a run that has work needs it)
 
-    with signals():
-        pipeline.run(jobs, manifest.runtime, on_row, run_id)
+    pipeline.run(jobs, manifest.runtime, on_row, run_id, stop)
 
 
 @contextmanager
-def signals() -> Iterator[None]:
-    """Let SIGINT and SIGTERM raise :class:`Stopped` here; a second one meets the previous handler."""
+def _timer(seconds: float | None, stop: Stop) -> Iterator[None]:
+    """Stop after some seconds of the body."""
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, stop.because, ["--max-duration is over"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def signals(stop: Stop) -> Iterator[None]:
+    """Let a first SIGINT or SIGTERM set ``stop``, a second raise :class:`Stopped`; a third meets the handler before."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
 
@@ -147,12 +201,19 @@ def signals() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def at_once(number: int, frame: FrameType | None) -> None:
         restore()
         raise Stopped(number)
 
+    def in_order(number: int, frame: FrameType | None) -> None:
+        for one in numbers:
+            signal.signal(one, at_once)
+        stop.because(f"{signal.Signals(number).name} was received")
+        with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
+            os.write(2, b"stopping: images on their way are finished first; signal again to stop at once\n")
+
     for number in numbers:
-        signal.signal(number, stop)
+        signal.signal(number, in_order)
     try:
         yield
     finally:

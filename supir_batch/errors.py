@@ -4,6 +4,7 @@ SupirBatchError
 ├── ManifestError      the manifest or what it lists is unusable; stops before any work (exit 2)
 ├── StoreError         a URI cannot be listed, read or written
 │   └── TransientStoreError   ... and trying again can help
+├── LeaseError         another run is writing to the same output (exit 5)
 ├── EngineError        the engine or the captioner cannot be loaded, so no image can be restored; ends the run
 └── ImageError         one image cannot be read, restored or written; becomes a failed outcome
 """
@@ -34,6 +35,12 @@ class TransientStoreError(StoreError):
     """A URI could not be reached this time; trying again can help."""
 
     retryable = True
+
+
+class LeaseError(SupirBatchError):
+    """Another run is writing to the same output; this one has not begun."""
+
+    kind = "lease"
 
 
 class EngineError(SupirBatchError):

@@ -46,9 +46,14 @@ def keep(job: Job, fingerprint: str, part: Part, pixels: FloatImage) -> None:
     store.write_atomic(place, buffer.getvalue())
 
 
+def is_kept(job: Job, fingerprint: str, index: int) -> bool:
+    """Whether tile ``index`` is there."""
+    return store.exists(uri(job, fingerprint, index))
+
+
 def complete(job: Job, fingerprint: str, count: int) -> bool:
     """Whether all tiles are there."""
-    return all(store.exists(uri(job, fingerprint, index)) for index in range(count))
+    return all(is_kept(job, fingerprint, index) for index in range(count))
 
 
 def read(job: Job, fingerprint: str, count: int) -> list[Part]:

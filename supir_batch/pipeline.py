@@ -1,118 +1,277 @@
 """The whole flow: jobs in, one run-log row per image out.
 
-    jobs ─▶ preview ─▶ caption ─▶ decode + tile ─▶ restore ─▶ write ─▶ rows
-            CPU tasks  actors     CPU tasks        actors     CPU tasks
+    jobs ─▶ feed ─▶ preview ─▶ caption ─▶ decode + tile ─▶ restore ─▶ write ─▶ rows
+            1 task  CPU tasks  actors     CPU tasks        actors     CPU tasks
 
 Up to the caption a row of the stream is an image: its ticket (everything known about it) and a preview, if it must be
 captioned. From there on it is a tile: its ticket and its pixels. So an image is captioned once, into however many
 tiles it is cut, and no full-size pixels wait for a captioner; the price is that its source is read twice.
 
-One row is one block, because a block is Ray's unit of retry and of memory. An error inside a stage becomes a failure on
-the ticket and flows on to the log; it never reaches Ray, so one bad image cannot stop the others. The stages themselves
-are in stages.py.
+A block, Ray's unit of retry and of memory, holds small tiles up to BLOCK_BYTES together, or one large one. An error
+inside a stage becomes a failure on the ticket and flows on to the log; it never reaches Ray, so one bad image cannot
+stop the others. A worker that dies is Ray's to replace, and its rows are tried again; the ledger, an actor beside the
+stream, counts whose fault that was (isolation.py) and how many images are on their way. The stages are in stages.py.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import io
 import logging
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from supir_batch import isolation
 from supir_batch.errors import EngineError
+from supir_batch.isolation import Begun, Book, Guards, Item, Worker
 from supir_batch.settings import Runtime
 from supir_batch.stages import (
     CaptionStage,
     RestoreStage,
-    Row,
     caption_row_stage,
     decode_stage,
-    new_row,
+    feed_stage,
+    pack,
     preview_stage,
     wants_caption,
     write_stage,
 )
 from supir_batch.types import Job
 
+Row = dict[str, Any]  # of the run log
 
-def run(jobs: Sequence[Job], runtime: Runtime, on_row: Callable[[Row], None], run_id: str) -> None:
+BLOCK_BYTES = 16 * 2**20  # several small tiles in a block, because every block costs Ray some milliseconds per stage
+_FED_TOGETHER = 16  # images, at most
+_PASSES = 3
+
+
+def run(
+    jobs: Sequence[Job], runtime: Runtime, on_row: Callable[[Row], None], run_id: str, stop: threading.Event
+) -> None:
     """Do all jobs; ``on_row`` gets the run-log row (``runlog.SCHEMA``) of every image as it ends, in any order.
 
-    An image gets a second row only if two writers committed it; the row that finished later is true.
+    An image gets a second row only if two writers committed it; the row that finished later is true. Once ``stop`` is
+    set, images that are on their way are finished, and no others begun.
 
     An exception raised by ``on_row`` stops the run; what was committed until then stays. Raises EngineError if the
     engine or the captioner cannot be loaded.
     """
-    if not jobs:
-        return
     captioned = any(wants_caption(job) for job in jobs)
     gpus = runtime.gpus_per_actor
     if captioned and runtime.caption_gpus_per_actor is None:
         gpus /= 2  # a captioner and a restorer share what one worker may have
-    with _ray(runtime):
-        images = _images(jobs)
+
+    def rows(todo: Sequence[Job], ledger: _Ledger) -> ray.data.Dataset:
+        guards = Guards(ledger, run_id, runtime.deadline_seconds)
+        images = _images(todo, ledger)
         if captioned:
-            images = _captioned(images, jobs, runtime, restoring=True)
-        tiles = images.flat_map(decode_stage, num_cpus=0.5)
-        tiles = tiles.repartition(target_num_rows_per_block=1)
+            images = _captioned(images, todo, runtime, guards, restoring=True)
+        tiles = images.map_batches(decode_stage, batch_size=None, fn_args=(guards,), num_cpus=0.5)
         tiles = tiles.map_batches(
             RestoreStage,
             compute=ActorPoolStrategy(size=runtime.actors),
             # engine, weights and license are the manifest's, the same for every job
-            fn_constructor_args=(jobs[0].model, runtime.device),
+            fn_constructor_args=(guards, todo[0].model, runtime.device),
             num_gpus=gpus,
             num_cpus=0,  # so that waiting models never starve the CPU stages
             batch_size=runtime.batch,
         )
-        _collect(tiles.flat_map(write_stage, fn_args=(run_id,), num_cpus=0.5), on_row)
+        return tiles.map_batches(write_stage, batch_size=None, fn_args=(guards,), num_cpus=0.5)
+
+    _stream(jobs, runtime, rows, on_row, run_id, stop)
 
 
-def caption(jobs: Sequence[Job], runtime: Runtime, on_row: Callable[[Row], None], run_id: str) -> None:
+def caption(
+    jobs: Sequence[Job], runtime: Runtime, on_row: Callable[[Row], None], run_id: str, stop: threading.Event
+) -> None:
     """Caption the images of those jobs whose prompt is left to the captioner, and restore nothing.
 
     ``on_row`` gets a run-log row for each, with its caption or its failure, in any order. Raises EngineError if the
     captioner cannot be loaded.
     """
-    wanted = [job for job in jobs if wants_caption(job)]
-    if not wanted:
-        return
-    with _ray(runtime):
-        images = _captioned(_images(wanted), wanted, runtime, restoring=False)
-        _collect(images.map(caption_row_stage, fn_args=(run_id,), num_cpus=0.5), on_row)
+
+    def rows(todo: Sequence[Job], ledger: _Ledger) -> ray.data.Dataset:
+        guards = Guards(ledger, run_id, runtime.deadline_seconds)
+        images = _captioned(_images(todo, ledger), todo, runtime, guards, restoring=False)
+        return images.map_batches(caption_row_stage, batch_size=None, fn_args=(run_id,), num_cpus=0.5)
+
+    _stream([job for job in jobs if wants_caption(job)], runtime, rows, on_row, run_id, stop)
 
 
-def _images(jobs: Sequence[Job]) -> ray.data.Dataset:
-    return ray.data.from_items([new_row(job) for job in jobs], override_num_blocks=len(jobs))
+def _images(jobs: Sequence[Job], ledger: _Ledger) -> ray.data.Dataset:
+    together = max(1, min(_FED_TOGETHER, len(jobs) // (8 * int(ray.cluster_resources().get("CPU", 1)))))
+    packed = [pack(jobs[i : i + together]) for i in range(0, len(jobs), together)]
+    fed = ray.data.from_items(packed, override_num_blocks=len(packed))
+    # one at a time, because it waits; without a core, because it only waits
+    return fed.map_batches(feed_stage, batch_size=None, fn_args=(ledger,), num_cpus=0, concurrency=1)
 
 
-def _captioned(images: ray.data.Dataset, jobs: Sequence[Job], runtime: Runtime, restoring: bool) -> ray.data.Dataset:
+def _captioned(
+    images: ray.data.Dataset, jobs: Sequence[Job], runtime: Runtime, guards: Guards, restoring: bool
+) -> ray.data.Dataset:
     share = runtime.caption_gpus_per_actor
-    return images.map(preview_stage, fn_args=(restoring,), num_cpus=0.5).map_batches(
+    previews = images.map_batches(preview_stage, batch_size=None, fn_args=(guards, restoring), num_cpus=0.5)
+    return previews.map_batches(
         CaptionStage,
         compute=ActorPoolStrategy(size=runtime.caption_actors),
         # the captioner and its options are the manifest's, the same for every job that wants a caption
-        fn_constructor_args=(next(job for job in jobs if wants_caption(job)), runtime.device),
+        fn_constructor_args=(guards, next(job for job in jobs if wants_caption(job)), runtime.device),
         num_gpus=runtime.gpus_per_actor / 2 if share is None else share,
         num_cpus=0,
         batch_size=runtime.caption_batch,
     )
 
 
-def _collect(rows: ray.data.Dataset, on_row: Callable[[Row], None]) -> None:
-    logged: dict[str, str | None] = {}
+def _stream(
+    jobs: Sequence[Job],
+    runtime: Runtime,
+    rows: Callable[[Sequence[Job], _Ledger], ray.data.Dataset],
+    on_row: Callable[[Row], None],
+    run_id: str,
+    stop: threading.Event,
+) -> None:
+    """Run a stream, and again with whatever has not come out of it, which a node that is lost may have taken along."""
+    ended: dict[str, str | None] = {}
+    todo = jobs
+    with _ray(runtime):
+        for _ in range(_PASSES):
+            if todo and not stop.is_set():
+                with _ledger(runtime, stop) as ledger:
+                    _collect(rows(todo, ledger), ledger, ended, on_row)
+            todo = [job for job in todo if job.source.id not in ended]
+    isolation.remove_notes(run_id)
+    if todo and not stop.is_set():
+        raise EngineError(f"{len(todo)} images came to no end in {_PASSES} attempts; look at Ray's logs, and run again")
+
+
+def _collect(
+    rows: ray.data.Dataset, ledger: _Ledger, ended: dict[str, str | None], on_row: Callable[[Row], None]
+) -> None:
+    """Hand on all rows; once the blank one says that nothing more is let in, those of images that were."""
+    closed = False
     for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in table.to_pylist():
+            if row["id"] is None:
+                closed = True
+                continue
             if row["failure_kind"] == EngineError.kind:
                 raise EngineError(row["failure_message"])
             # two writers may both see the last part of a cut image arrive, and the later write over the earlier
-            if row["id"] not in logged or (row["status"] == "done" and row["record_sha256"] != logged[row["id"]]):
-                logged[row["id"]] = row["record_sha256"]
+            if row["id"] not in ended or (row["status"] == "done" and row["record_sha256"] != ended[row["id"]]):
+                ended[row["id"]] = row["record_sha256"]
                 on_row(row)
+            ledger.retire(row["id"])
+        if closed and ledger.is_empty():
+            return
+
+
+# --- the ledger ----------------------------------------------------------------------------------------------------
+
+
+class _LedgerActor:
+    """Keeps the book of what is begun, and lets images in while fewer than ``in_flight`` are on their way."""
+
+    def __init__(self, in_flight: int) -> None:
+        self._book = Book(_is_lost)
+        self._in_flight, self._inside, self._closed = in_flight, set[str](), False
+        self._changed = asyncio.Condition()
+
+    async def admit(self, images: Sequence[str]) -> bool:
+        async with self._changed:
+            if not self._inside.issuperset(images):  # let in before, in a task that was lost
+                await self._changed.wait_for(
+                    lambda: self._closed or not self._inside or len(self._inside) + len(images) <= self._in_flight
+                )
+                if self._closed:
+                    return False
+                self._inside.update(images)
+            return True
+
+    async def begin(self, stage: str, items: Sequence[Item], worker: Worker) -> Begun:
+        return self._book.begin(stage, items, worker)
+
+    async def end(self, stage: str, items: Sequence[Item]) -> None:
+        self._book.end(stage, items)
+
+    async def retire(self, image: str) -> None:
+        self._book.retire(image)
+        async with self._changed:
+            self._inside.discard(image)
+            self._changed.notify_all()
+
+    async def close(self) -> None:
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    async def is_empty(self) -> bool:
+        return not self._inside
+
+
+class _Ledger:
+    """The ledger as stages and driver see it: a handle that goes wherever Ray sends it."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def admit(self, images: Sequence[str]) -> bool:
+        return bool(ray.get(self._actor.admit.remote(list(images))))
+
+    def begin(self, stage: str, items: Sequence[Item]) -> Begun:
+        worker = Worker(ray.get_runtime_context().get_node_id(), os.getpid())
+        begun: Begun = ray.get(self._actor.begin.remote(stage, list(items), worker))
+        return begun
+
+    def end(self, stage: str, items: Sequence[Item]) -> None:
+        self._actor.end.remote(stage, list(items))  # nothing waits: one that is lost costs a second attempt at most
+
+    def retire(self, image: str) -> None:
+        self._actor.retire.remote(image)
+
+    def close(self) -> None:
+        self._actor.close.remote()
+
+    def is_empty(self) -> bool:
+        return bool(ray.get(self._actor.is_empty.remote()))
+
+
+@contextmanager
+def _ledger(runtime: Runtime, stop: threading.Event) -> Iterator[_Ledger]:
+    """A ledger on the driver's node, closed when ``stop`` is set."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(_LedgerActor)
+    ledger, over = _Ledger(remote.remote(runtime.images_in_flight)), threading.Event()
+
+    def close_on_stop() -> None:
+        while not over.wait(0.2):
+            if stop.is_set():
+                ledger.close()
+
+    closer = threading.Thread(target=close_on_stop, name="drain", daemon=True)
+    closer.start()
+    try:
+        yield ledger
+    finally:
+        over.set()
+        closer.join()
+
+
+def _is_lost(node: str) -> bool:
+    return not any(found["NodeID"] == node and found["Alive"] for found in ray.nodes())
+
+
+# --- Ray -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -140,6 +299,7 @@ def _ray(runtime: Runtime) -> Iterator[None]:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Ray's C++ side reports harmless things as errors on stderr
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    handler = signal.getsignal(signal.SIGTERM)
     with _stderr_only_on_failure():  # ... and that its log level was set
         ray.init(
             address=runtime.address or "local",
@@ -148,12 +308,18 @@ def _ray(runtime: Runtime) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+    signal.signal(signal.SIGTERM, handler)  # Ray has put its own in place
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = False
+    context.target_max_block_size = BLOCK_BYTES
+    context.execution_no_progress_timeout_s = -1  # deadlines are the stages'
+    context.max_consecutive_actor_init_deaths = 3  # a model that ends its process ends the run
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    # Ray tells of workers that died on stdout, which is for data; the ledger tells it in our words
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            yield
+        finally:
+            ray.shutdown()

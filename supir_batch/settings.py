@@ -404,6 +404,15 @@ class Runtime(_Section):
     )
     caption_batch: int = Field(default=1, ge=1, le=256, description="Images captioned at once by one worker.")
     address: str | None = Field(default=None, description="Address of a Ray cluster; left out: a local Ray.")
+    images_in_flight: int = Field(
+        default=64, ge=1, le=65_536, description="Images that are anywhere between reading and writing at one time."
+    )
+    deadline_seconds: float = Field(
+        default=3600.0,
+        gt=0,
+        le=7 * 86_400,
+        description="Time one stage may take for one image or tile; a worker that takes longer is ended.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA where a worker has it, else CPU."
     )

@@ -1,7 +1,12 @@
-"""What happens to one row of the stream at each of its stages; :mod:`supir_batch.pipeline` puts them in order.
+"""What happens to the rows of the stream at each of its stages; :mod:`supir_batch.pipeline` puts them in order.
 
-A row holds a pickled ticket and arrays. Whatever goes wrong in a stage becomes a failure on the ticket, so nothing here
-raises, and nothing here knows that Ray calls it.
+Stages take and give batches: columns by name. ``ticket`` is a pickled TileTicket; in the blank row, which says that
+nothing more was let in, it is empty. ``preview``, or ``pixels`` and ``carried``, are float32 arrays, empty once used up.
+Whatever goes wrong in a stage becomes a failure on the ticket, so nothing here raises; what kills or hangs the worker is
+left to :mod:`supir_batch.isolation`. Nothing here knows that Ray calls it.
+
+A worker may die after Ray has taken some of its output, and Ray then counts on the second attempt giving the same rows
+in the same order. So what is begun again does not ask whether a part of it was done meanwhile, until it is written.
 """
 
 from __future__ import annotations
@@ -9,10 +14,11 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
+import pyarrow as pa
 
 from supir_batch import captions, engine, gate, runlog
 from supir_batch.bookkeeping import Stopwatch, failure_of
@@ -21,13 +27,22 @@ from supir_batch.color import Tone
 from supir_batch.decode import decode, preview
 from supir_batch.engine import Device, Engine
 from supir_batch.errors import EngineError
+from supir_batch.isolation import Guards, Item
 from supir_batch.settings import second_seed
 from supir_batch.types import FloatImage, Job, ModelRef, Outcome, TileTicket
-from supir_batch.write import write
+from supir_batch.write import refused, write
 
-Row = dict[str, Any]  # ticket: pickled TileTicket; preview, or pixels and carried: float32 arrays, empty once used up
+Batch = dict[str, Any]
 
 _EMPTY = np.zeros((0, 0, 3), np.float32)
+_BLANK = b""
+
+
+class Admission(Protocol):
+    """Lets images into the stream as others leave it."""
+
+    def admit(self, images: Sequence[str]) -> bool:
+        """Wait until these images, by id, may be on their way; False if the run is to stop and they must not."""
 
 
 def wants_caption(job: Job) -> bool:
@@ -35,32 +50,64 @@ def wants_caption(job: Job) -> bool:
     return job.settings.prompt is None
 
 
-def new_row(job: Job) -> Row:
-    """The row with which an image enters the stream."""
-    return {"ticket": pickle.dumps(TileTicket(job)), "preview": _EMPTY}
+def pack(jobs: Sequence[Job]) -> dict[str, Any]:
+    """The row with which some jobs enter the stream together."""
+    return {"jobs": pickle.dumps(list(jobs))}
 
 
-def preview_stage(row: Row, restoring: bool) -> Row:
-    """Job to what the captioner must see of it; images that came with a prompt pass."""
-    ticket: TileTicket = pickle.loads(row["ticket"])
-    if not wants_caption(ticket.job):
-        return row
-    seen = preview(ticket.job, restoring)
-    return {"ticket": pickle.dumps(seen.ticket), "preview": seen.pixels}
+def feed_stage(batch: Batch, admission: Admission) -> Batch:
+    """Jobs to images, once they may be on their way."""
+    jobs: list[Job] = [job for packed in batch["jobs"] for job in pickle.loads(packed)]
+    if not admission.admit([job.source.id for job in jobs]):
+        return _images([_BLANK], [_EMPTY])
+    return _images([pickle.dumps(TileTicket(job)) for job in jobs], [_EMPTY] * len(jobs))
 
 
-def caption_row_stage(row: Row, run_id: str) -> Row:
-    """Captioned image to its run-log row."""
-    ticket: TileTicket = pickle.loads(row["ticket"])
-    return runlog.to_row(Outcome(ticket, "done" if ticket.failure is None else "failed"), run_id)
+def preview_stage(batch: Batch, guards: Guards, restoring: bool) -> Iterator[Batch]:
+    """Images to what the captioner must see of them; those that came with a prompt pass."""
+    tickets = _tickets(batch)
+    with guards.of("decode") as guard:
+        for group in guard.groups([_item(ticket) for ticket in tickets]):
+            for ticket in (tickets[i] for i in group.members):
+                if group.refused is not None:
+                    failure = failure_of("decode", ticket.job.source, group.refused)
+                    yield _images([pickle.dumps(dataclasses.replace(ticket, failure=failure))], [_EMPTY])
+                elif not wants_caption(ticket.job):
+                    yield _images([pickle.dumps(ticket)], [_EMPTY])
+                else:
+                    with guard.deadline():
+                        seen = preview(ticket.job, restoring, look=not group.again)
+                    yield _images([pickle.dumps(seen.ticket)], [seen.pixels])
+    if _BLANK in batch["ticket"]:
+        yield _images([_BLANK], [_EMPTY])
 
 
-def decode_stage(row: Row) -> Iterator[Row]:
-    """Image to tiles, one at a time: all tiles of a giant are more than memory holds."""
-    ticket: TileTicket = pickle.loads(row["ticket"])
-    seen = ticket if wants_caption(ticket.job) else None
-    for tile in decode(ticket.job, engine.alignment(ticket.job.model), seen):
-        yield {"ticket": pickle.dumps(tile.ticket), "pixels": tile.pixels, "carried": tile.carried}
+def caption_row_stage(batch: Batch, run_id: str) -> pa.Table:
+    """Captioned images to their run-log rows."""
+    outcomes = [Outcome(ticket, "done" if ticket.failure is None else "failed") for ticket in _tickets(batch)]
+    return _rows(batch, outcomes, run_id)
+
+
+def decode_stage(batch: Batch, guards: Guards) -> Iterator[Batch]:
+    """Images to tiles, one at a time: all tiles of a giant are more than memory holds."""
+    tickets = _tickets(batch)
+    with guards.of("decode") as guard:
+        for group in guard.groups([_item(ticket) for ticket in tickets]):
+            for ticket in (tickets[i] for i in group.members):
+                if group.refused is not None:
+                    failure = failure_of("decode", ticket.job.source, group.refused)
+                    yield _tile(dataclasses.replace(ticket, failure=failure), _EMPTY, _EMPTY)
+                    continue
+                seen = ticket if wants_caption(ticket.job) else None
+                tiles = decode(ticket.job, engine.alignment(ticket.job.model), seen, look=not group.again)
+                while True:
+                    with guard.deadline():
+                        tile = next(tiles, None)
+                    if tile is None:
+                        break
+                    yield _tile(tile.ticket, tile.pixels, tile.carried)
+    if _BLANK in batch["ticket"]:
+        yield {"ticket": [_BLANK], "pixels": _EMPTY[None], "carried": _EMPTY[None]}
 
 
 Model = TypeVar("Model", Captioner, Engine)
@@ -70,26 +117,36 @@ class _ModelStage(ABC, Generic[Model]):
     """An actor's stage: loads a model once, then works on batches of rows."""
 
     name: str
-    _loaded: Model | EngineError | None = None
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        tickets: list[TileTicket] = [pickle.loads(ticket) for ticket in batch["ticket"]]
-        working = [i for i, ticket in enumerate(tickets) if ticket.has_work and self.wanted(batch, i)]
+    def __init__(self, guards: Guards) -> None:
+        self._guards = guards
+        self._loaded: Model | EngineError | None = None
+
+    def __call__(self, batch: Batch) -> Batch:
+        tickets: dict[int, TileTicket] = {i: pickle.loads(one) for i, one in enumerate(batch["ticket"]) if one}
+        working = [i for i, ticket in tickets.items() if ticket.has_work and self.wanted(batch, i)]
         if not working:
             return batch
         loaded = self.ready()
-        watch = Stopwatch(self.name, "" if isinstance(loaded, EngineError) else loaded.device)
-        try:
-            if isinstance(loaded, EngineError):
-                raise loaded
-            self.work(loaded, tickets, batch, working)
-        except Exception as error:  # whatever it is, it concerns these rows alone
-            for i in working:
-                failure = failure_of(self.name, tickets[i].job.source, error)
-                tickets[i] = dataclasses.replace(tickets[i], failure=failure)
-        for i in working:
-            tickets[i] = watch.record(tickets[i], share=len(working))
-        return batch | {"ticket": np.array([pickle.dumps(ticket) for ticket in tickets], dtype=object)}
+        with self._guards.of(self.name) as guard:
+            for group in guard.groups([_item(tickets[i]) for i in working]):
+                members = [working[k] for k in group.members]
+                watch = Stopwatch(self.name, "" if isinstance(loaded, EngineError) else loaded.device)
+                try:
+                    if group.refused is not None:
+                        raise group.refused
+                    if isinstance(loaded, EngineError):
+                        raise loaded
+                    with guard.deadline(len(members)):
+                        self.work(loaded, tickets, batch, members)
+                except Exception as error:  # whatever it is, it concerns these rows alone
+                    for i in members:
+                        failure = failure_of(self.name, tickets[i].job.source, error)
+                        tickets[i] = dataclasses.replace(tickets[i], failure=failure)
+                for i in members:
+                    tickets[i] = watch.record(tickets[i], share=len(members))
+        pickled = [pickle.dumps(tickets[i]) if i in tickets else _BLANK for i in range(len(batch["ticket"]))]
+        return batch | {"ticket": np.array(pickled, dtype=object)}
 
     def ready(self) -> Model | EngineError:
         """The model, or why there is none: an exception in a constructor would make Ray try again and again."""
@@ -104,12 +161,12 @@ class _ModelStage(ABC, Generic[Model]):
     def load(self) -> Model:
         """The model, ready to work."""
 
-    def wanted(self, batch: dict[str, Any], index: int) -> bool:
+    def wanted(self, batch: Batch, index: int) -> bool:
         """Whether this stage has something to do for a row that still has work."""
         return True
 
     @abstractmethod
-    def work(self, loaded: Model, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
+    def work(self, loaded: Model, tickets: dict[int, TileTicket], batch: Batch, working: list[int]) -> None:
         """Advance the rows at the indices ``working`` in place."""
 
 
@@ -118,21 +175,22 @@ class CaptionStage(_ModelStage[Captioner]):
 
     name = "caption"
 
-    def __init__(self, job: Job, device: Device) -> None:
+    def __init__(self, guards: Guards, job: Job, device: Device) -> None:
+        super().__init__(guards)
         self._job, self._device = job, device
 
     def load(self) -> Captioner:
         """The captioner of the run."""
         return load_captioner(self._job, self._device)
 
-    def wanted(self, batch: dict[str, Any], index: int) -> bool:
+    def wanted(self, batch: Batch, index: int) -> bool:
         """Images that came with a prompt, or whose caption was kept, bring no preview."""
         return bool(batch["preview"][index].size)
 
-    def work(self, loaded: Captioner, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
+    def work(self, loaded: Captioner, tickets: dict[int, TileTicket], batch: Batch, working: list[int]) -> None:
         """Fill in ``caption`` and drop the previews. What fails together is tried alone, so innocents do not fail."""
         previews = list(batch["preview"])
-        batch["preview"] = [_EMPTY] * len(tickets)
+        batch["preview"] = [_EMPTY] * len(previews)
         try:
             said = loaded.caption([tickets[i] for i in working], [previews[i] for i in working])
         except Exception:
@@ -154,7 +212,8 @@ class RestoreStage(_ModelStage[Engine]):
 
     name = "restore"
 
-    def __init__(self, model: ModelRef | None, device: Device) -> None:
+    def __init__(self, guards: Guards, model: ModelRef | None, device: Device) -> None:
+        super().__init__(guards)
         self._model, self._device = model, device
         self.ready()
 
@@ -162,7 +221,7 @@ class RestoreStage(_ModelStage[Engine]):
         """The engine of the run."""
         return engine.load_engine(self._model, self._device)
 
-    def work(self, loaded: Engine, tickets: list[TileTicket], batch: dict[str, Any], working: list[int]) -> None:
+    def work(self, loaded: Engine, tickets: dict[int, TileTicket], batch: Batch, working: list[int]) -> None:
         """Fill in the prompt and replace the pixels."""
         for i in working:
             caption = tickets[i].caption or tickets[i].job.settings.prompt or ""
@@ -196,8 +255,47 @@ def _through_gate(
     return dataclasses.replace(again, scores=gate.measure(before, another, tone)), another
 
 
-def write_stage(row: Row, run_id: str) -> list[Row]:
-    """Tile to the run-log row of its image, or to nothing while other tiles of the image are still on their way."""
-    ticket: TileTicket = pickle.loads(row["ticket"])
-    outcome = write(ticket, row["pixels"], row["carried"])
-    return [] if outcome is None else [runlog.to_row(outcome, run_id)]
+def write_stage(batch: Batch, guards: Guards) -> pa.Table:
+    """Tiles to the run-log rows of the images that they complete."""
+    outcomes = []
+    places = [i for i, ticket in enumerate(batch["ticket"]) if ticket]
+    tickets = _tickets(batch)
+    with guards.of("write") as guard:
+        for group in guard.groups([_item(ticket) for ticket in tickets]):
+            for k in group.members:
+                if group.refused is not None:
+                    outcome: Outcome | None = refused(tickets[k], group.refused)
+                else:
+                    with guard.deadline():
+                        pixels, carried = batch["pixels"][places[k]], batch["carried"][places[k]]
+                        outcome = write(tickets[k], pixels, carried, look=group.again)
+                if outcome is not None:
+                    outcomes.append(outcome)
+    return _rows(batch, outcomes, guards.run_id)
+
+
+# --- batches -------------------------------------------------------------------------------------------------------
+
+
+def _tickets(batch: Batch) -> list[TileTicket]:
+    return [pickle.loads(ticket) for ticket in batch["ticket"] if ticket]
+
+
+def _item(ticket: TileTicket) -> Item:
+    return ticket.job.source.id, 0 if ticket.box is None else ticket.box.index
+
+
+def _images(tickets: Sequence[bytes], previews: Sequence[FloatImage]) -> Batch:
+    return {"ticket": list(tickets), "preview": np.stack(previews)}
+
+
+def _tile(ticket: TileTicket, pixels: FloatImage, carried: FloatImage) -> Batch:
+    return {"ticket": [pickle.dumps(ticket)], "pixels": pixels[None], "carried": carried[None]}
+
+
+def _rows(batch: Batch, outcomes: Sequence[Outcome], run_id: str) -> pa.Table:
+    """Run-log rows; one that is empty stands for the blank one."""
+    rows = [runlog.to_row(outcome, run_id) for outcome in outcomes]
+    if _BLANK in batch["ticket"]:
+        rows.append({})
+    return pa.Table.from_pylist(rows, schema=runlog.SCHEMA)

@@ -251,7 +251,8 @@ class TileTicket:
     """Everything about a tile but its pixels; travels from decode to write beside the arrays.
 
     ``fingerprint`` is hash(source hash, settings hash): the identity of the work on the whole image.
-    ``recovered``: the output with this fingerprint was already committed; later stages pass it on.
+    ``recovered``: the output with this fingerprint was already committed; ``kept``: an earlier run restored all tiles
+    of the image and did not get to assembling them. Later stages pass both on.
     """
 
     job: Job
@@ -265,6 +266,7 @@ class TileTicket:
     again: bool = False  # the tile went wrong and was restored a second time
     failure: Failure | None = None
     recovered: bool = False
+    kept: bool = False
     records: tuple[StageRecord, ...] = ()
     source_metadata: bytes = field(default=b"", repr=False)  # metadata.SourceMetadata, serialized
     started_at: str = ""  # UTC, ISO 8601; when decoding began
@@ -272,7 +274,7 @@ class TileTicket:
     @property
     def has_work(self) -> bool:
         """Whether the engine still has something to do for this tile."""
-        return self.failure is None and not self.recovered
+        return self.failure is None and not self.recovered and not self.kept
 
 
 @dataclass(frozen=True)

@@ -26,18 +26,24 @@ from supir_batch.stitch import Stitched
 from supir_batch.types import Failure, FloatImage, ImageFacts, Outcome, Settings, TileBox, TileTicket
 
 
-def write(ticket: TileTicket, pixels: FloatImage, carried: FloatImage) -> Outcome | None:
+def write(ticket: TileTicket, pixels: FloatImage, carried: FloatImage, look: bool = False) -> Outcome | None:
     """Take one restored tile ([h, w, 3] sRGB in [0, 1], and what was carried past the engine) to its end.
 
     Returns the outcome of the image when this call finished it, failed it, or found it finished, and None while other
-    tiles are still to come. No exception leaves: what is wrong becomes a failed outcome.
+    tiles are still to come. With ``look``, an output that is committed already is not made again. No exception leaves:
+    what is wrong becomes a failed outcome.
     """
     if ticket.failure is not None:
         return _failed(ticket, ticket.failure)
     try:
-        return _write(ticket, pixels, carried)
+        return _write(ticket, pixels, carried, look)
     except Exception as error:
-        return _failed(ticket, failure_of("write", ticket.job.source, error))
+        return refused(ticket, error)
+
+
+def refused(ticket: TileTicket, error: Exception) -> Outcome:
+    """The outcome of an image that must not be written, because of ``error``."""
+    return _failed(ticket, failure_of("write", ticket.job.source, error))
 
 
 def _failed(ticket: TileTicket, failure: Failure) -> Outcome:
@@ -60,7 +66,7 @@ def _done(ticket: TileTicket, output: Committed) -> Outcome:
     )
 
 
-def _write(ticket: TileTicket, pixels: FloatImage, carried: FloatImage) -> Outcome | None:
+def _write(ticket: TileTicket, pixels: FloatImage, carried: FloatImage, look: bool) -> Outcome | None:
     watch = Stopwatch("write")
     job, facts, box = ticket.job, ticket.facts, ticket.box
     if facts is None:
@@ -72,17 +78,17 @@ def _write(ticket: TileTicket, pixels: FloatImage, carried: FloatImage) -> Outco
         return _done(ticket, there)
     if box is None:
         raise ValueError("the ticket carries no tile box")
-    _check_tile(pixels, box)
-    tile = np.concatenate([pixels, carried], axis=2) if carried.size else pixels
-    part = Part.of(ticket)
-    if box.count == 1:
-        return _finish(ticket, facts, [part], [tile], watch)
-
-    # a tile that comes late, because another run or a retry has already finished the image
     fingerprint = ticket.fingerprint
-    if (there := commit.committed(job, fingerprint, facts.format)) is not None:
+    # a cut image may be finished while one of its tiles is late
+    if (look or box.count > 1) and (there := commit.committed(job, fingerprint, facts.format)) is not None:
         return _done(ticket, there)
-    parts.keep(job, fingerprint, part, tile)
+    if not ticket.kept:
+        _check_tile(pixels, box)
+        tile = np.concatenate([pixels, carried], axis=2) if carried.size else pixels
+        part = Part.of(ticket)
+        if box.count == 1:
+            return _finish(ticket, facts, [part], [tile], watch)
+        parts.keep(job, fingerprint, part, tile)
     # each writer looks only after its own part is in place, so at least one of them sees all
     if not parts.complete(job, fingerprint, box.count):
         return None

@@ -1,0 +1,71 @@
+"""Runs of the real command in processes of their own, and what they leave: for tests of whole runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset as ds
+import pyvips
+
+COMMAND = [sys.executable, "-m", "supir_batch"]
+
+
+def photograph(path: Path, width: int, height: int, seed: int) -> None:
+    """A smooth random picture with an edge: something every format and engine can work with."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(40, 215, (4, 4, 3), dtype=np.uint8)
+    image = pyvips.Image.new_from_array(coarse).resize(width / 4, vscale=height / 4, kernel="cubic")
+    pixels = image.numpy()[:height, :width].copy()
+    pixels[:, width // 3] = 255
+    pyvips.Image.new_from_array(pixels).write_to_file(str(path))
+
+
+def manifest(folder: Path, **sections: object) -> Path:
+    data = {"inputs": str(folder / "in"), "output": {"uri": str(folder / "out")}} | sections
+    path = folder / "manifest.yaml"
+    path.write_text(json.dumps(data))  # JSON is YAML
+    return path
+
+
+def run(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, "run", str(path), "--json", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def log_rows(output: Path) -> list[dict[str, object]]:
+    parts = sorted(str(path) for path in (output / "_runs").rglob("*.parquet"))
+    return list(ds.dataset(parts).to_table().to_pylist()) if parts else []
+
+
+def images(output: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(output)): path.read_bytes()
+        for path in sorted(output.rglob("*"))
+        if path.suffix in {".png", ".jpg", ".tif"} and path.is_file()
+    }
+
+
+def wait_for_workers_to_end(driver: int) -> None:
+    """Ray's processes notice the driver's death by themselves; they share its session."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        alive = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[3]) == driver and fields[0] != "Z":
+                alive.append(stat.parent.name)
+        if not alive:
+            return
+        time.sleep(0.2)
+    for pid in alive:
+        os.kill(int(pid), signal.SIGKILL)
