@@ -1,9 +1,9 @@
 """What happens to the rows of the stream at each of its stages; :mod:`supir_batch.pipeline` puts them in order.
 
 Stages take and give batches: columns by name. ``ticket`` is a pickled TileTicket; in the blank row, which says that
-nothing more was let in, it is empty. ``preview``, or ``pixels`` and ``carried``, are float32 arrays, empty once used up.
-Whatever goes wrong in a stage becomes a failure on the ticket, so nothing here raises; what kills or hangs the worker is
-left to :mod:`supir_batch.isolation`. Nothing here knows that Ray calls it.
+nothing more was let in, it is empty. ``preview``, or ``pixels`` and ``carried``, are float32 arrays, empty once used.
+Whatever goes wrong in a stage becomes a failure on the ticket, so nothing here raises; what kills or hangs the worker
+is left to :mod:`supir_batch.isolation`. Nothing here knows that Ray calls it.
 
 A worker may die after Ray has taken some of its output, and Ray then counts on the second attempt giving the same rows
 in the same order. So what is begun again does not ask whether a part of it was done meanwhile, until it is written.

@@ -12,7 +12,7 @@ import pytest
 from tests.runs import COMMAND, images, log_rows, manifest, photograph
 
 # Loaded by every Python process of the run, because it lies on its path: makes real native faults in the real decoder.
-POISON = '''
+POISON = """
 import ctypes, importlib.util, sys
 
 class Finder:
@@ -40,7 +40,7 @@ class Finder:
         return spec
 
 sys.meta_path.insert(0, Finder())
-'''
+"""
 
 
 def poisoned_run(folder: Path, path: Path, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import imagecodecs
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from supir_batch.decode import decode
+from supir_batch.isolation import Begun, Book, Guards, Item, Worker, remove_notes
 from supir_batch.settings import settings_hash
 from supir_batch.types import FloatImage, Job, Outcome, Settings, Sidecar, SigningKey, Source
 from supir_batch.write import write
@@ -121,6 +123,27 @@ def restore(make_job: MakeJob) -> Restore:
         return last
 
     return run
+
+
+class OneProcess:
+    """A ledger for stages that are called in the test's own process."""
+
+    def __init__(self) -> None:
+        self.book = Book(is_lost=lambda node: False)
+
+    def begin(self, stage: str, items: Sequence[Item]) -> Begun:
+        return self.book.begin(stage, items, Worker("here", os.getpid()))
+
+    def end(self, stage: str, items: Sequence[Item]) -> None:
+        self.book.end(stage, items)
+
+
+@pytest.fixture
+def guards() -> Iterator[Guards]:
+    """What the stages of a run are guarded with."""
+    run_id = f"test-{os.getpid()}"
+    yield Guards(OneProcess(), run_id, 600.0)
+    remove_notes(run_id)
 
 
 @pytest.fixture(params=["Adobe RGB", "Display P3", "ProPhoto"])

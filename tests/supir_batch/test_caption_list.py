@@ -39,7 +39,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def with_captions(monkeypatch: pytest.MonkeyPatch, work: Callable[[Sequence[Job], OnRow], None]) -> None:
     module = types.ModuleType("supir_batch.pipeline")
-    module.caption = lambda jobs, runtime, on_row, run_id: work(jobs, on_row)  # type: ignore[attr-defined]
+    module.caption = lambda jobs, runtime, on_row, run_id, stop: work(jobs, on_row)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "supir_batch.pipeline", module)
     monkeypatch.setattr("supir_batch.pipeline", module, raising=False)
 
@@ -124,7 +124,7 @@ def test_failures_keep_their_rows_and_exit_3(archive: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("stop", "code"),
-    [(lambda: os.kill(os.getpid(), signal.SIGTERM), 143), (lambda: Path("gone").read_bytes(), 4)],
+    [(lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)], 143), (lambda: Path("gone").read_bytes(), 4)],
 )
 def test_what_stops_the_stream_leaves_no_list(
     archive: Path, monkeypatch: pytest.MonkeyPatch, stop: Callable[[], object], code: int

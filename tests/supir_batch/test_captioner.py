@@ -21,6 +21,7 @@ from supir_batch import captioner, captions, stages
 from supir_batch.captioner import load_captioner
 from supir_batch.decode import preview
 from supir_batch.errors import EngineError
+from supir_batch.isolation import Guards
 from supir_batch.plan import make_plan
 from supir_batch.settings import load_manifest
 from supir_batch.types import FloatImage, Job, TileTicket
@@ -55,10 +56,18 @@ def jobs_of(folder: Path, **overrides: str) -> list[Job]:
     return [todo.job for todo in make_plan(manifest, uri, "weights", identity).todo]
 
 
-def batch_of(jobs: Sequence[Job]) -> dict[str, Any]:
+class Open:
+    """Lets everything in."""
+
+    def admit(self, images: Sequence[str]) -> bool:
+        return True
+
+
+def batch_of(jobs: Sequence[Job], guards: Guards) -> dict[str, Any]:
     """What Ray hands an actor: the rows of the preview stage."""
-    rows = [stages.preview_stage(stages.new_row(job), True) for job in jobs]
-    return {"ticket": [row["ticket"] for row in rows], "preview": [row["preview"] for row in rows]}
+    images = stages.feed_stage({"jobs": [stages.pack(jobs)["jobs"]]}, Open())
+    rows = list(stages.preview_stage(images, guards, restoring=True))
+    return {"ticket": [row["ticket"][0] for row in rows], "preview": [row["preview"][0] for row in rows]}
 
 
 def tickets_of(batch: dict[str, Any]) -> list[TileTicket]:
@@ -74,23 +83,27 @@ def test_captions_do_not_depend_on_the_batch(folder: Path) -> None:
     assert len(set(together)) == 3
 
 
-def test_what_is_kept_neither_loads_nor_asks_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_kept_neither_loads_nor_asks_the_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, guards: Guards
+) -> None:
     jobs = jobs_of(folder)
-    first = tickets_of(stages.CaptionStage(jobs[0], "cpu")(batch_of(jobs)))
+    first = tickets_of(stages.CaptionStage(guards, jobs[0], "cpu")(batch_of(jobs, guards)))
     assert all(ticket.caption and ticket.failure is None for ticket in first)
     assert [record.stage for record in first[0].records] == ["decode", "caption"]
 
     monkeypatch.setattr(stages, "load_captioner", None)  # calling it would raise
     jobs = jobs_of(folder, engine__steps="7")
-    batch = batch_of(jobs)
+    for job in jobs:  # another run has another ledger
+        guards.ledger.book.retire(job.source.id)
+    batch = batch_of(jobs, guards)
     assert all(pixels.size == 0 for pixels in batch["preview"])
-    again = tickets_of(stages.CaptionStage(jobs[0], "cpu")(batch))
+    again = tickets_of(stages.CaptionStage(guards, jobs[0], "cpu")(batch))
     assert [ticket.caption for ticket in again] == [ticket.caption for ticket in first]
 
 
-def test_the_attribute_captioner_goes_the_same_way(folder: Path) -> None:
+def test_the_attribute_captioner_goes_the_same_way(folder: Path, guards: Guards) -> None:
     jobs = jobs_of(folder, caption__mode="attributes")
-    done = tickets_of(stages.CaptionStage(jobs[0], "cpu")(batch_of(jobs)))
+    done = tickets_of(stages.CaptionStage(guards, jobs[0], "cpu")(batch_of(jobs, guards)))
     assert all("photograph" in ticket.caption for ticket in done)
     assert not (folder / "out").exists()
 
@@ -106,10 +119,12 @@ class _Picky:
         return ["fine"] * len(tickets)
 
 
-def test_an_image_that_fails_does_not_take_others_along(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_fails_does_not_take_others_along(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, guards: Guards
+) -> None:
     monkeypatch.setattr(stages, "load_captioner", lambda job, device: _Picky())
     jobs = jobs_of(folder)
-    done = tickets_of(stages.CaptionStage(jobs[0], "cpu")(batch_of(jobs)))
+    done = tickets_of(stages.CaptionStage(guards, jobs[0], "cpu")(batch_of(jobs, guards)))
     failed = [ticket for ticket in done if ticket.failure is not None]
     assert [ticket.job.source.id for ticket in failed] == ["wide.png"]
     assert failed[0].failure is not None
@@ -118,9 +133,9 @@ def test_an_image_that_fails_does_not_take_others_along(folder: Path, monkeypatc
     assert captions.find(dataclasses.replace(failed[0], failure=None)) is None
 
 
-def test_a_captioner_that_cannot_be_loaded_is_the_runs_failure(folder: Path) -> None:
+def test_a_captioner_that_cannot_be_loaded_is_the_runs_failure(folder: Path, guards: Guards) -> None:
     jobs = [dataclasses.replace(job, captioner=str(folder / "nowhere")) for job in jobs_of(folder)]
-    done = tickets_of(stages.CaptionStage(jobs[0], "cpu")(batch_of(jobs)))
+    done = tickets_of(stages.CaptionStage(guards, jobs[0], "cpu")(batch_of(jobs, guards)))
     for ticket in done:  # the driver ends the run when it meets this kind
         assert ticket.failure is not None
         assert ticket.failure.kind == EngineError.kind

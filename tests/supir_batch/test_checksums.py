@@ -113,7 +113,7 @@ def test_a_list_that_no_run_wrote_is_left_alone(
     refused = RefusedJob(make_job(tmp_path / "a.png"), Failure("plan", "x", "x"))
     for plan in (Plan(str(output), (), (), (), {}), Plan(str(output), (), (), (refused,), {})):
         with pytest.raises(ManifestError, match=r"checksum\.sha256: is not a list that a run wrote.*move it away"):
-            driver.execute(manifest, str(tmp_path / "m.yaml"), plan)
+            driver.execute(manifest, str(tmp_path / "m.yaml"), plan, driver.Limits())
     assert (output / checksums.FILE_NAME).read_bytes() == foreign
     assert sorted(output.rglob("*")) == before
 
@@ -130,6 +130,9 @@ def test_a_list_of_outputs_that_were_superseded_since_is_ours(output: Path, tmp_
     assert sha256sum(output).returncode == 0
 
 
+OnRow = Callable[[dict[str, Any]], None]
+
+
 def test_of_two_rows_of_one_image_the_later_is_true_and_one_counts(
     tmp_path: Path, restore: Restore, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,14 +143,14 @@ def test_of_two_rows_of_one_image_the_later_is_true_and_one_counts(
     written = pa.Table.from_pylist([row, early, row], schema=runlog.SCHEMA)
     rows = SimpleNamespace(iter_batches=lambda **_: [written])
 
-    def stream(manifest: Manifest, run_id: str, jobs: list[Any], on_row: Callable[[dict[str, Any]], None]) -> None:
-        pipeline._collect(rows, on_row)  # type: ignore[arg-type]
+    def stream(manifest: Manifest, run_id: str, jobs: list[Any], on_row: OnRow, stop: driver.Stop) -> None:
+        pipeline._collect(rows, SimpleNamespace(retire=print), {}, on_row)  # type: ignore[arg-type]
 
     monkeypatch.setattr("supir_batch.driver._stream", stream)
     (tmp_path / "m.yaml").write_text("inputs: x")
     manifest = Manifest.model_validate({"inputs": [str(tmp_path)], "output": {"uri": str(tmp_path / "out")}})
     plan = Plan(str(tmp_path / "out"), (Todo(outcome.ticket.job, "new"),), (), (), {})
-    summary = driver.execute(manifest, str(tmp_path / "m.yaml"), plan)
+    summary = driver.execute(manifest, str(tmp_path / "m.yaml"), plan, driver.Limits())
     assert (summary.done, summary.left, summary.exit_code) == (1, 0, 0)
     assert runlog.read_log(str(tmp_path / "out")).num_rows == 3
     assert [problem for checked in verify(str(tmp_path / "out")) for problem in checked.problems] == []
@@ -156,5 +159,5 @@ def test_of_two_rows_of_one_image_the_later_is_true_and_one_counts(
 def test_a_run_with_nothing_to_do_brings_back_what_a_killed_one_lacks(tmp_path: Path, output: Path) -> None:
     manifest = Manifest.model_validate({"inputs": [str(tmp_path)], "output": {"uri": str(output)}})
     plan = Plan(str(output), (), (), (), {})
-    assert driver.execute(manifest, "m.yaml", plan).exit_code == 0
+    assert driver.execute(manifest, "m.yaml", plan, driver.Limits()).exit_code == 0
     assert sha256sum(output).returncode == 0

@@ -46,7 +46,7 @@ def finish(job: Job, run_id: str) -> dict[str, Any]:
 def with_pipeline(monkeypatch: pytest.MonkeyPatch, work: Callable[[Sequence[Job], OnRow, str], None]) -> None:
     """Let ``work`` take the place of the Ray stream; the whole of it is tested in test_pipeline.py."""
     module = types.ModuleType("supir_batch.pipeline")
-    module.run = lambda jobs, runtime, on_row, run_id: work(jobs, on_row, run_id)  # type: ignore[attr-defined]
+    module.run = lambda jobs, runtime, on_row, run_id, stop: work(jobs, on_row, run_id)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "supir_batch.pipeline", module)
     monkeypatch.setattr("supir_batch.pipeline", module, raising=False)
 
@@ -189,19 +189,27 @@ def test_a_list_of_hashes_that_cannot_be_written_is_an_unfinished_run(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_in_order(archive: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+def test_a_second_signal_stops_at_once(
+    archive: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
     def waits(jobs: Sequence[Job], on_row: OnRow, run_id: str) -> None:
         on_row(finish(jobs[0], run_id))
-        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        for seconds in (0.1, 0.3):
+            threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
+        time.sleep(0.2)  # the first lets it go on
+        went_on.append(run_id)
         time.sleep(20)
 
     with_pipeline(monkeypatch, waits)
+    went_on: list[str] = []
     before = signal.getsignal(number)
     result = cli("run", str(archive / "m.yaml"))
     assert result.exit_code == 128 + number
     assert f"next     supir-batch run {archive}/m.yaml" in result.stdout
     assert runlog.read_log(str(archive / "out")).num_rows == 1
     assert signal.getsignal(number) == before
+    assert went_on
+    assert "signal again to stop at once" in capfd.readouterr().err
 
 
 def test_rays_own_answer_to_sigterm_counts_as_the_signal(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from supir_batch import gate, runlog
 from supir_batch.color import Tone, measure_tone
 from supir_batch.decode import decode
 from supir_batch.engine import Engine
+from supir_batch.isolation import Guards
 from supir_batch.settings import item_seed, second_seed
 from supir_batch.stages import RestoreStage, write_stage
 from supir_batch.types import FloatImage, GateLimits, Job, TileTicket
@@ -89,7 +90,7 @@ def test_another_size_is_refused(photograph: FloatImage) -> None:
         gate.measure(photograph, photograph[1:], COLOR)
 
 
-def test_tiles_count_by_area(photograph: FloatImage) -> None:
+def test_tiles_count_by_area(photograph: FloatImage, guards: Guards) -> None:
     first = dataclasses.replace(gate.measure(photograph, photograph, COLOR), area=300, color_drift=1.0)
     second = dataclasses.replace(first, area=100, color_drift=5.0, finite=False)
     together = gate.combine([first, second])
@@ -120,17 +121,15 @@ class _Faulty(Engine):
         return np.zeros_like(tile) if self.hopeless else tile
 
 
-def restored(job: Job, engine: Engine) -> dict[str, Any]:
+def restored(job: Job, engine: Engine, guards: Guards) -> dict[str, Any]:
     """The run-log row of the image after restoring and writing its tiles one by one."""
-    stage = RestoreStage(None, "cpu")
+    stage = RestoreStage(guards, None, "cpu")
     stage._loaded = engine
     rows: list[dict[str, Any]] = []
     for tile in decode(job, 16):
         assert tile.ticket.failure is None, tile.ticket.failure
         batch = {"ticket": [pickle.dumps(tile.ticket)], "pixels": [tile.pixels], "carried": [tile.carried]}
-        result = stage(batch)
-        row = {key: values[0] for key, values in result.items()}
-        rows += write_stage(row, "run")
+        rows += write_stage(stage(batch), guards).to_pylist()
     (row,) = rows
     assert row.keys() == set(runlog.SCHEMA.names)
     return row
@@ -142,8 +141,8 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "a.png"
 
 
-def test_a_sound_image_is_logged_with_its_scores(source: Path, make_job: MakeJob) -> None:
-    row = restored(make_job(source), _Faulty(set(), hopeless=False))
+def test_a_sound_image_is_logged_with_its_scores(source: Path, make_job: MakeJob, guards: Guards) -> None:
+    row = restored(make_job(source), _Faulty(set(), hopeless=False), guards)
     assert (row["status"], row["restored_again"], row["gate_finite"], row["gate_seam"]) == ("done", False, True, None)
     assert row["gate_color_drift"] < 0.01
     assert row["gate_similarity"] == pytest.approx(1)
@@ -152,9 +151,9 @@ def test_a_sound_image_is_logged_with_its_scores(source: Path, make_job: MakeJob
     assert told["restored_again"] is False
 
 
-def test_a_second_attempt_has_another_seed_and_says_so(source: Path, make_job: MakeJob) -> None:
+def test_a_second_attempt_has_another_seed_and_says_so(source: Path, make_job: MakeJob, guards: Guards) -> None:
     job, engine = make_job(source), _Faulty({0}, hopeless=False)
-    row = restored(job, engine)
+    row = restored(job, engine, guards)
     first = item_seed(job.settings, row["source_sha256"])
     assert engine.seeds == [second_seed(first)]
     assert (row["status"], row["restored_again"], row["seed"]) == ("done", True, second_seed(first))
@@ -162,8 +161,8 @@ def test_a_second_attempt_has_another_seed_and_says_so(source: Path, make_job: M
     assert json.loads(Path(f"{row['output_uri']}.json").read_text())["seed"] == second_seed(first)
 
 
-def test_an_image_that_fails_twice_has_no_output_but_scores(source: Path, make_job: MakeJob) -> None:
-    row = restored(make_job(source), _Faulty({0}, hopeless=True))
+def test_an_image_that_fails_twice_has_no_output_but_scores(source: Path, make_job: MakeJob, guards: Guards) -> None:
+    row = restored(make_job(source), _Faulty({0}, hopeless=True), guards)
     assert (row["status"], row["failure_kind"], row["restored_again"]) == ("failed", "gate", True)
     assert "dead area" in row["failure_message"]
     assert "above gate.dead" in row["failure_message"]
@@ -171,13 +170,13 @@ def test_an_image_that_fails_twice_has_no_output_but_scores(source: Path, make_j
     assert not list(source.parent.glob("out/*.png*"))
 
 
-def test_a_second_attempt_that_breaks_fails_its_own_tile_only(source: Path, make_job: MakeJob) -> None:
+def test_a_second_attempt_that_breaks_fails_its_own_tile_only(source: Path, make_job: MakeJob, guards: Guards) -> None:
     class _Breaking(_Faulty):
         def restore_again(self, ticket: TileTicket, tile: FloatImage) -> FloatImage | None:
             raise MemoryError
 
     job = make_job(source, max_pixels=160 * 160)
-    stage = RestoreStage(None, "cpu")
+    stage = RestoreStage(guards, None, "cpu")
     stage._loaded = _Breaking({1}, hopeless=False)
     tiles = list(decode(job, 16))
     result = stage({"ticket": [pickle.dumps(tile.ticket) for tile in tiles], "pixels": [tile.pixels for tile in tiles]})
@@ -185,9 +184,9 @@ def test_a_second_attempt_that_breaks_fails_its_own_tile_only(source: Path, make
     assert [failure and failure.kind for failure in failures] == [None, "out-of-memory", None]
 
 
-def test_of_a_cut_image_only_the_bad_tile_is_tried_again(source: Path, make_job: MakeJob) -> None:
+def test_of_a_cut_image_only_the_bad_tile_is_tried_again(source: Path, make_job: MakeJob, guards: Guards) -> None:
     job, engine = make_job(source, max_pixels=160 * 160), _Faulty({1}, hopeless=False)
-    row = restored(job, engine)
+    row = restored(job, engine, guards)
     first = item_seed(job.settings, row["source_sha256"])
     assert (row["status"], row["tiles"], row["seed"], engine.seeds) == ("done", 3, first, [second_seed(first)])
     assert "tiles 2 of 3" in row["notes"]
@@ -196,37 +195,37 @@ def test_of_a_cut_image_only_the_bad_tile_is_tried_again(source: Path, make_job:
 
 @pytest.mark.parametrize("cut", [{}, {"max_pixels": 160 * 160}])
 def test_an_output_found_again_is_logged_with_the_seed_and_scores_of_its_record(
-    source: Path, make_job: MakeJob, cut: dict[str, int]
+    source: Path, make_job: MakeJob, cut: dict[str, int], guards: Guards
 ) -> None:
     job = make_job(source, **cut)
-    first = restored(job, _Faulty({0, 1, 2}, hopeless=False))
-    again = restored(job, _Faulty(set(), hopeless=False))
+    first = restored(job, _Faulty({0, 1, 2}, hopeless=False), guards)
+    again = restored(job, _Faulty(set(), hopeless=False), guards)
     assert (again["recovered"], first["recovered"]) == (True, False)
     assert again["seed"] == second_seed(item_seed(job.settings, first["source_sha256"]))
     for column in ("seed", "restored_again", "gate_finite", *(f"gate_{key}" for key in _SCORES)):
         assert again[column] == first[column], column
 
 
-def test_a_late_tile_is_logged_with_the_seed_of_the_image(source: Path, make_job: MakeJob) -> None:
-    job, stage = make_job(source, max_pixels=160 * 160), RestoreStage(None, "cpu")
+def test_a_late_tile_is_logged_with_the_seed_of_the_image(source: Path, make_job: MakeJob, guards: Guards) -> None:
+    job, stage = make_job(source, max_pixels=160 * 160), RestoreStage(guards, None, "cpu")
     stage._loaded = _Faulty({1}, hopeless=False)
     late = list(decode(job, 16))[1]
-    row = restored(job, _Faulty({1}, hopeless=False))
+    row = restored(job, _Faulty({1}, hopeless=False), guards)
     batch = {"ticket": [pickle.dumps(late.ticket)], "pixels": [late.pixels], "carried": [late.carried]}
-    (again,) = write_stage({key: values[0] for key, values in stage(batch).items()}, "run")
+    (again,) = write_stage(stage(batch), guards).to_pylist()
     assert (again["seed"], again["restored_again"]) == (row["seed"], True)
     assert again["seed"] == item_seed(job.settings, row["source_sha256"])
     assert again["gate_similarity"] == row["gate_similarity"]
 
 
-def test_tiles_that_do_not_fit_together_are_refused(source: Path, make_job: MakeJob) -> None:
+def test_tiles_that_do_not_fit_together_are_refused(source: Path, make_job: MakeJob, guards: Guards) -> None:
     class _Uneven(_Faulty):
         def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
             sign = [1 if ticket.box is not None and ticket.box.index % 2 else -1 for ticket in tickets]
             return [np.clip(tile + 0.04 * s, 0, 1) for s, tile in zip(sign, tiles, strict=True)]
 
     job = make_job(source, max_pixels=160 * 160, gate_seam=0.01)
-    row = restored(job, _Uneven(set(), hopeless=False))
+    row = restored(job, _Uneven(set(), hopeless=False), guards)
     assert (row["status"], row["failure_kind"]) == ("failed", "gate")
     assert "seam score 0.0" in row["failure_message"]
     assert not list((source.parent / "out").rglob("*.np?")), "parts of a refused image are removed"
