@@ -175,6 +175,8 @@ def _conditions(settings: Settings) -> list[str]:
     if settings.engine != "supir":
         return [f"- engine {settings.engine}"]
     tau = "off" if settings.restoration_tau is None else f"{settings.restoration_tau:g}"
+    if settings.restoration_tau is not None and settings.restoration_to_end:
+        tau += " to the end"
     return [
         f"- model {settings.weights}, `{settings.model_sha256}`, precision {settings.precision}",
         f"- preset {settings.preset}: sampler {settings.sampler}, {settings.steps} steps, "

@@ -111,7 +111,7 @@ class ProvenanceRecord:
         keys = (
             (
                 *("precision", "preset", "sampler", "steps", "cfg_start", "cfg_end", "control_scale"),
-                *("restoration_tau", "churn", "eta", "noise"),
+                *("restoration_tau", "restoration_to_end", "churn", "eta", "noise"),
             )
             if self.generative
             else ()

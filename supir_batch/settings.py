@@ -169,6 +169,10 @@ class Engine(_Section):
     restoration_tau: Annotated[float, Field(gt=0, le=100)] | Literal["off"] | None = Field(
         default=None, description="Exponent of restoration guidance; larger is weaker; off: no restoration guidance."
     )
+    restoration_to_end: bool | None = Field(
+        default=None,
+        description="true: restoration guidance at every step, as in the paper; false: not at the last, as released.",
+    )
     churn: float | None = Field(default=None, ge=0, le=100, description="S_churn of the EDM sampler; 0: deterministic.")
     eta: float | None = Field(
         default=None, ge=0, le=1, description="Share of new noise of sampler dpmpp_2m_sde; 0: deterministic."
@@ -769,6 +773,7 @@ def resolve(
         cfg_end=float(sampling["cfg_end"]),
         control_scale=float(sampling["control_scale"]),
         restoration_tau=None if tau is None or tau == "off" else float(tau),
+        restoration_to_end=sampling["restoration_to_end"],
         churn=float(sampling["churn"]),
         eta=float(sampling["eta"]),
         noise=float(sampling["noise"]),

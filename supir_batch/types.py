@@ -65,6 +65,7 @@ class Settings:
     cfg_end: float
     control_scale: float
     restoration_tau: float | None
+    restoration_to_end: bool
     churn: float  # 0 unless sampler is edm
     eta: float  # 0 unless sampler is dpmpp_2m_sde
     noise: float

@@ -89,7 +89,8 @@ class SamplingDefaults:
     """What a preset means for one model (specification section 12).
 
     ``cfg_start`` is the guidance scale at the largest sigma, ``cfg_end`` at sigma 0; linear in sigma between.
-    ``restoration_tau`` is the exponent of restoration guidance (0 < tau; larger is weaker), None = off. ``churn`` is
+    ``restoration_tau`` is the exponent of restoration guidance (0 < tau; larger is weaker), None = off;
+    ``restoration_to_end``: at every step, as in the paper, where the release leaves out the last ones. ``churn`` is
     read by sampler ``edm`` alone, ``eta`` by ``dpmpp_2m_sde`` alone.
     """
 
@@ -103,6 +104,7 @@ class SamplingDefaults:
     color_fix: ColorFix
     sampler: SamplerName = "edm"
     eta: float = 1.0
+    restoration_to_end: bool = False
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ class Sampling:
                 eta=values.eta,
                 noise=values.noise,
                 restoration_tau=values.restoration_tau,
+                restoration_to_end=values.restoration_to_end,
                 control_scale=values.control_scale,
                 window=window,
                 stride=stride,
@@ -64,6 +65,7 @@ class Sampling:
             sampler = EDMSettings(
                 steps=values.steps,
                 restoration_tau=values.restoration_tau,
+                restoration_to_end=values.restoration_to_end,
                 churn=values.churn,
                 noise=values.noise,
                 control_scale=values.control_scale,

@@ -19,7 +19,7 @@ from torch import Tensor
 from supir_model.denoiser import SIGMA_MAX, karras_sigmas, legacy_sigmas
 from supir_model.errors import RequestError
 
-RESTORATION_MIN_SIGMA = 0.05  # gate of the restoration guidance, on the next sigma
+RESTORATION_MIN_SIGMA = 0.05  # the release's gate of the restoration guidance, on the next sigma
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,17 @@ Noise = Callable[[int, int], Tensor]
 class EDMSettings:
     """Settings of the restoration-guided EDM sampler.
 
-    restoration_tau: exponent of the pull towards ``x_center`` (larger is weaker), None = off. churn: s_churn >= 0.
-    noise: s_noise, the factor on churn noise. control_scale_start: control scale at the largest sigma, linear in sigma
-    to ``control_scale`` at 0; None = constant. window, stride: latent positions. bfloat16_sigmas: round the first
-    latent, all sigmas and what is computed from sigmas alone to bfloat16, as the release does beside a bfloat16
-    autoencoder (section 13); only to repeat its numbers.
+    restoration_tau: exponent of the pull towards ``x_center`` (larger is weaker), None = off. restoration_to_end: pull
+    at every step, as the paper's Algorithm 1 does; the release leaves out the last ones. churn: s_churn >= 0. noise:
+    s_noise, the factor on churn noise. control_scale_start: control scale at the largest sigma, linear in sigma to
+    ``control_scale`` at 0; None = constant. window, stride: latent positions. bfloat16_sigmas: round the first latent,
+    all sigmas and what is computed from sigmas alone to bfloat16, as the release does beside a bfloat16 autoencoder
+    (section 13); only to repeat its numbers.
     """
 
     steps: int
     restoration_tau: float | None = None
+    restoration_to_end: bool = False
     churn: float = 0.0
     noise: float = 1.003
     control_scale: float = 1.0
@@ -79,6 +81,7 @@ class DPMPP2MSettings:
     eta: float = 1.0
     noise: float = 1.003
     restoration_tau: float | None = None
+    restoration_to_end: bool = False
     control_scale: float = 1.0
     control_scale_start: float | None = None
     window: int = 128
@@ -141,7 +144,7 @@ def edm_step(
 
     # sigma in the schedules, sigma_hat in the denoiser: the release mixes them and results depend on it
     denoised = guided(x, sigma_hat.expand(count), control_scale_at(sigma, settings).to(x.device).expand(count))
-    denoised = pull_to_center(denoised, x_center, sigma, next_sigma, settings.restoration_tau)
+    denoised = pull_to_center(denoised, x_center, sigma, next_sigma, settings)
     return x + (next_sigma - sigma_hat) * (x - denoised) / sigma_hat
 
 
@@ -163,7 +166,7 @@ def dpmpp2m_step(
     """
     count = x.shape[0]
     denoised = guided(x, sigma.expand(count), control_scale_at(sigma, settings).to(x.device).expand(count))
-    denoised = pull_to_center(denoised, x_center, sigma, next_sigma, settings.restoration_tau)
+    denoised = pull_to_center(denoised, x_center, sigma, next_sigma, settings)
     if next_sigma == 0:
         return denoised, denoised  # the limit of the formulas below, which would be 0 * inf at eta 0
     h = torch.log(sigma / next_sigma)
@@ -184,9 +187,12 @@ def control_scale_at(sigma: Tensor, settings: SamplerSettings) -> Tensor:
     return sigma / SIGMA_MAX * (settings.control_scale_start - control_scale) + control_scale
 
 
-def pull_to_center(denoised: Tensor, x_center: Tensor, sigma: Tensor, next_sigma: Tensor, tau: float | None) -> Tensor:
-    """Restoration guidance (SUPIR, Algorithm 1): strong at large sigma, off (tau None) or below the gate."""
-    if tau is None or next_sigma <= RESTORATION_MIN_SIGMA:
+def pull_to_center(
+    denoised: Tensor, x_center: Tensor, sigma: Tensor, next_sigma: Tensor, settings: SamplerSettings
+) -> Tensor:
+    """Restoration guidance (SUPIR, Algorithm 1): strong at large sigma; the release turns it off below a gate."""
+    tau = settings.restoration_tau
+    if tau is None or (next_sigma <= RESTORATION_MIN_SIGMA and not settings.restoration_to_end):
         return denoised
     return denoised - (sigma / SIGMA_MAX) ** tau * (denoised - x_center)
 

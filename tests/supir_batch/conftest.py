@@ -32,6 +32,7 @@ PLAIN = Settings(
     cfg_end=1.0,
     control_scale=1.0,
     restoration_tau=None,
+    restoration_to_end=False,
     churn=0.0,
     eta=0.0,
     noise=1.0,

@@ -80,6 +80,7 @@ def test_every_sampling_setting_reaches_the_model(make_job: MakeJob, tmp_path: P
         "cfg_end": 9.0,
         "control_scale": 0.5,
         "restoration_tau": 2.0,
+        "restoration_to_end": True,
         "churn": 5.0,
         "noise": 0.9,
         "color_fix": "adain",

@@ -361,7 +361,8 @@ def test_the_hash_stays_what_it_was() -> None:
     fixed = Settings(
         engine="supir", engine_name="supir-tiny", model_sha256="ab", weights="tiny", precision="float32",
         preset="fidelity", sampler="edm", steps=10,
-        cfg_start=1.0, cfg_end=1.5, control_scale=1.0, restoration_tau=None, churn=0.0, eta=0.0, noise=1.003,
+        cfg_start=1.0, cfg_end=1.5, control_scale=1.0, restoration_tau=None, restoration_to_end=False,
+        churn=0.0, eta=0.0, noise=1.003,
         color_fix="wavelet", upscale=2.0, min_size=0, window=128, stride=96, max_pixels=4194304, overlap=128,
         geometry="pad", vae_tiling="off", vae_tile=0,
         caption_mode="none", prompt="é", prompt_source="none", positive_prompt="", negative_prompt="",
@@ -373,7 +374,7 @@ def test_the_hash_stays_what_it_was() -> None:
         quality=None, gate_color_drift=5.0, gate_similarity=0.85, gate_dead=0.02, gate_seam=0.05,
         notice="n", operator=None, organization=None, accepted_license=None, signed=False,
     )  # fmt: skip
-    assert settings_hash(fixed) == "f1c586e5740a78571274974d72d64372be7c2dcbb22294c95763c5023d1e6d64"
+    assert settings_hash(fixed) == "513659a9c4172574a10435fc108af3e2686c9657f7fa6fea5438c746a76222e7"
 
 
 def test_sidecars_are_known_always_hold_the_record_and_make_no_new_work(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from supir_model import sampler
-from supir_model.denoiser import karras_sigmas, legacy_sigmas
+from supir_model.denoiser import SIGMA_MAX, karras_sigmas, legacy_sigmas
 from supir_model.errors import RequestError
 from supir_model.noise import latent_noise
 from supir_model.sampler import (
@@ -158,6 +158,20 @@ def test_the_last_step_is_never_pulled() -> None:
         lambda x, s, c, w: torch.full_like(x, 0.7), [torch.zeros(4, 3, 3)], lambda i, d: torch.ones(4, 3, 3), settings
     )
     torch.testing.assert_close(latent, torch.full_like(latent, 0.7))
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule"), [(EDMSettings, legacy_sigmas), (DPMPP2MSettings, karras_sigmas)], ids=["edm", "dpmpp"]
+)
+def test_pulled_to_the_end_the_last_step_keeps_a_share_of_the_center(
+    kind: type[EDMSettings | DPMPP2MSettings], schedule: Callable[[int], Tensor]
+) -> None:
+    settings = kind(3, restoration_tau=0.5, restoration_to_end=True)
+    (latent,) = sample(
+        lambda x, s, c, w: torch.full_like(x, 0.7), [torch.zeros(4, 3, 3)], lambda i, d: torch.ones(4, 3, 3), settings
+    )
+    share = (schedule(3)[2] / SIGMA_MAX) ** 0.5  # the step that ends at sigma 0 returns what it denoised
+    torch.testing.assert_close(latent, torch.full_like(latent, 0.7) * (1 - share))
 
 
 def test_restoration_guidance_pulls_towards_the_center() -> None:
