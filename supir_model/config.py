@@ -247,7 +247,7 @@ TINY = ModelConfig(
     stride=96,
     min_size=0,
     presets={
-        "fidelity": SamplingDefaults(10, 1.0, 1.0, 1.0, 0.12, 0.0, 1.0, "wavelet"),
+        "fidelity": SamplingDefaults(10, 1.0, 1.0, 1.0, 0.15, 0.0, 1.0, "wavelet", restoration_to_end=True),
         "quality": SamplingDefaults(10, 1.0, 1.5, 1.0, 1.0, 0.0, 1.0, "wavelet"),
     },
     positive_prompt=", sharp, clean, high quality",
