@@ -8,6 +8,7 @@ import torch
 
 from supir_model.caption import describe
 from supir_model.config import TINY
+from supir_model.metrics import gmsd
 from supir_model.model import Request, Sampling, SupirModel
 from supir_model.training.degradations import BENCHMARKS
 
@@ -20,19 +21,23 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.slow
-def test_sampled_results_beat_their_inputs() -> None:
+def test_sampled_results_beat_their_inputs_and_their_structure_stage_1() -> None:
     model = SupirModel.load("tiny", device="cpu")
     sampling = Sampling.of(TINY.presets["fidelity"], TINY.window, TINY.stride)
-    gains = {}
+    gains, deviations = {}, {}
     for name, (top, left) in PHOTOGRAPHS.items():
         pixels = getattr(skimage.data, name)()[top : top + 192, left : left + 192]
         clean = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
         lq = BENCHMARKS["D1"].apply(clean[None], torch.Generator().manual_seed(0))[0]
-        prompt = describe(model.first_stage(lq)[None])[0] + TINY.positive_prompt
+        first = model.first_stage(lq)
+        prompt = describe(first[None])[0] + TINY.positive_prompt
         restored = model.restore([Request(lq, prompt, TINY.negative_prompt, seed=0)], sampling)[0]
         gains[name] = psnr(restored, clean) - psnr(lq, clean)
+        sampled, stage_1 = (gmsd((image + 1) / 2, (clean + 1) / 2) for image in (restored, first))
+        deviations[name] = sampled - stage_1
     assert sum(gains.values()) / len(gains) > 0.3, gains
     assert min(gains.values()) > -0.5, gains
+    assert sum(deviations.values()) < 0, deviations
 
 
 def test_captions_and_the_negative_prompt_matter() -> None:
