@@ -1,8 +1,9 @@
 """Objects behind URIs: list, read, and write whole or not at all. The only file that knows fsspec.
 
 A URI is a local path (absolute or relative to the current folder), ``file://...`` or anything fsspec opens
-(``s3://...``, ``gs://...``, ``memory://...``). Every failure is a :class:`StoreError` whose message begins with the
-URI; it is a :class:`TransientStoreError` when trying again can help.
+(``s3://...``, ``gs://...``, ``memory://...``). Endpoint, region and credentials come from the client's own environment
+and profiles, never from a URI. Every failure is a :class:`StoreError` whose message begins with the URI. What trying
+again can help is tried again; what then still fails is a :class:`TransientStoreError`.
 """
 
 from __future__ import annotations
@@ -10,25 +11,37 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import io
 import os
 import posixpath
+import random
+import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
+import fsspec.utils
 
 from supir_batch.errors import StoreError, TransientStoreError
 
 PARTIAL_SUFFIX = ".partial"
 
-_PIECE = 4 * 1024 * 1024  # bytes read at once from a large object
+_T = TypeVar("_T")
+_TRIES = 5  # of one operation
+_DEADLINE_S = 120.0  # no try begins later than this after the first
+_LONGEST_PAUSE_S = 20.0  # between two tries; the first pause is at most 1 s, each next one at most twice as long
+_PIECE = 16 * 1024 * 1024  # bytes read at once from a large object
+_PART = 16 * 1024 * 1024  # bytes of one part of an upload
+_PARTS_AT_ONCE = 4  # of one upload: what it holds in memory
+_MOST_PARTS = 10_000  # of one upload, by the rules of S3
 _RACE_S = 3.0  # longer than a look and a put take: within it all who race for one name have written
 _MAX_NAME_BYTES = 255  # of one path component, on every file system we know
 
@@ -51,6 +64,70 @@ _TRANSIENT_ERRNO = {
 }
 # The clients below fsspec raise their own classes; these parts of their names mean the network, not the request.
 _TRANSIENT_NAMES = ("Timeout", "Connect", "Disconnect", "Incomplete", "Payload", "SlowDown", "ServerError")
+# What S3 answers to a request that was harmed on its way, or came at the wrong moment; besides 408, 429 and 5xx.
+_TRANSIENT_CODES = {
+    "BadDigest",
+    "ConditionalRequestConflict",
+    "IncompleteBody",
+    "NoSuchUpload",  # of our own: its parts have been put together, or are gone
+    "OperationAborted",
+    "RequestTimeout",
+    "XAmzContentSHA256Mismatch",
+}
+
+_S3 = {"s3", "s3a"}
+_S3_OPTIONS = {
+    # One request is tried three times, with pauses; the operation it belongs to is tried again by us.
+    "config_kwargs": {
+        "retries": {"mode": "standard", "total_max_attempts": 3},
+        "connect_timeout": 10,
+        "read_timeout": 30,
+    }
+}
+_EXTRAS = {"gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
+
+# By the store's own word, or the status of an answer that has none. The first line that holds the word counts.
+_REGION = "the bucket is in another region; set AWS_REGION to its region, or AWS_ENDPOINT_URL to where it is"
+_INVALID = "the credentials are not valid there; check AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_NONE = "there are no credentials for it; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_EXPIRED = "the credentials have expired; renew them and run again"
+_DENIED = (
+    "access denied; cannot {action} it with these credentials: get them the right to "
+    "(without the right to list a bucket, what does not exist is denied as well)"
+)
+_ADVICE = {
+    "NoSuchBucket": "does not exist: there is no such bucket; create it, or correct the URI or AWS_ENDPOINT_URL",
+    "AuthorizationHeaderMalformed": _REGION,
+    "IllegalLocationConstraintException": _REGION,
+    "PermanentRedirect": _REGION,
+    "TemporaryRedirect": _REGION,
+    "301": _REGION,
+    "307": _REGION,
+    "InvalidAccessKeyId": _INVALID,
+    "InvalidToken": _INVALID,
+    "SignatureDoesNotMatch": _INVALID,
+    "ExpiredToken": _EXPIRED,
+    "RequestTimeTooSkewed": "the clock of this machine is wrong, so requests are refused; set it",
+    "NoCredentialsError": _NONE,
+    "PartialCredentialsError": _NONE,
+    "ProfileNotFound": "the profile that AWS_PROFILE names is not in ~/.aws; correct it",
+    "UnauthorizedSSOTokenError": _EXPIRED,
+    "SSOTokenLoadError": _EXPIRED,
+    "TokenRetrievalError": _EXPIRED,
+    "AccessDenied": _DENIED,
+    "AllAccessDisabled": _DENIED,
+    "403": _DENIED,
+    "FileExpired": "was changed while it was read; run again",
+    "PreconditionFailed": "was changed while it was read; run again",
+}
+
+# user:password@ (a port or an ARN is none), and the parameters that signed links and tokens go by.
+_PASSWORD = re.compile(r"[\w+.-]+://(?!arn:)[^/:@]*:(?!\d+(/|$))[^@]*@")
+_SIGNED = re.compile(
+    r"[?&](x-amz-(signature|credential|security-token)|x-goog-(signature|credential)|awsaccesskeyid|googleaccessid|"
+    r"signature|sig|token|access_token|password|secret)=",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -163,29 +240,35 @@ def glob_root(pattern: str) -> str:
     return f"{scheme}://{path.rpartition('/')[0]}"
 
 
+def refuse_credentials(uri: str) -> str:
+    """``uri`` itself. Raises StoreError, without saying them, if it holds credentials: they would be in every log."""
+    if found := _PASSWORD.match(uri) or _SIGNED.search(uri):
+        start = uri[: uri.index("://") + 3] if found.re is _PASSWORD else uri[: found.start()]
+        raise StoreError(
+            f"{start}...: holds a password or a signature, which would be copied into logs and records; take it out "
+            f"and give credentials by environment or profile (AWS_PROFILE, ...)"
+        )
+    return uri
+
+
 # --- looking -------------------------------------------------------------------------------------------------------
 
 
 def find(uri: str) -> ObjectInfo | None:
     """What is at ``uri``; None when nothing is. Raises StoreError for a folder or when it cannot be looked up."""
-    with _errors(uri, "reach"):
-        if is_local(uri):
-            path = local_path(uri)
-            try:
-                stat = path.stat()
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-            if path.is_dir():
-                raise StoreError(f"{uri}: is a folder, not a file")
-            return ObjectInfo(uri, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
-        fs, path_there = filesystem(uri)
-        try:
-            facts = fs.info(path_there)
-        except FileNotFoundError:
+    if is_local(uri):
+        facts = _attempt(uri, "reach", lambda: _local_stat(uri))
+        if facts is None:
             return None
-        if facts.get("type") == "directory":
+        if stat.S_ISDIR(facts.st_mode):
             raise StoreError(f"{uri}: is a folder, not a file")
-        return _remote_info(uri, facts)
+        return ObjectInfo(uri, facts.st_size, f"{facts.st_size}-{facts.st_mtime_ns}")
+    there = _remote_facts(uri)
+    if there is None:
+        return None
+    if there.get("type") == "directory":
+        raise StoreError(f"{uri}: is a folder, not a file")
+    return _remote_info(uri, there)
 
 
 def info(uri: str) -> ObjectInfo:
@@ -198,66 +281,83 @@ def info(uri: str) -> ObjectInfo:
 
 def exists(uri: str) -> bool:
     """Whether an object (not a folder) is at ``uri``."""
-    with _errors(uri, "reach"):
-        return _remote_type(uri) not in (None, "directory") if not is_local(uri) else local_path(uri).is_file()
+    if is_local(uri):
+        return local_path(uri).is_file()
+    return (_remote_facts(uri) or {"type": "directory"}).get("type") != "directory"
 
 
 def is_folder(uri: str) -> bool:
     """Whether ``uri`` is a folder, or a prefix with objects below it."""
-    with _errors(uri, "reach"):
-        return _remote_type(uri) == "directory" if not is_local(uri) else local_path(uri).is_dir()
+    if is_local(uri):
+        return local_path(uri).is_dir()
+    return (_remote_facts(uri) or {}).get("type") == "directory"
 
 
 def list_tree(uri: str) -> Iterator[ObjectInfo]:
     """Every object below the folder ``uri``, sorted by name; nothing when there is no such folder.
 
-    Linked files count, linked folders are not entered (they can form loops).
+    The order is that of the code points of the names, which is that of their UTF-8 bytes: so S3 lists as well. Locally
+    one folder is held in memory at a time, on S3 one page of a thousand. Linked files count, linked folders are not
+    entered (they can form loops).
     """
     if is_local(uri):
         root = local_path(uri)
         if root.is_dir():
             yield from _walk(uri.rstrip("/") or "/", root)
         return
-    with _errors(uri, "list"):
-        fs, path = filesystem(uri)
-        try:
-            found = fs.find(path, detail=True)
-        except FileNotFoundError:
-            return
-    stripped = str(path).rstrip("/")
-    for there in sorted(found):
-        # An object store lists the prefix itself when someone made an empty "folder" object of that name.
-        if there.rstrip("/") != stripped and not there.endswith("/"):
-            yield _remote_info(uri.rstrip("/") + there[len(stripped) :], found[there])
+    base = uri.rstrip("/")
+    if _scheme(uri) in _S3:
+        listed = _list_s3(uri, _key(uri).rstrip("/") + "/" if _key(uri) else "", "")
+    else:
+        listed = _list_remote(base)
+    for name, facts in listed:
+        yield _remote_info(f"{base}/{name}", facts)
 
 
-def expand_glob(pattern: str) -> list[ObjectInfo]:
-    """The objects that match ``pattern`` (``**`` spans folders), sorted by name; no folders, no hidden files."""
-    with _errors(pattern, "list"):
-        if is_local(pattern):
+def expand_glob(pattern: str) -> Iterator[ObjectInfo]:
+    """The objects that match ``pattern`` (``**`` spans folders), sorted as by list_tree; no folders, no hidden files.
+
+    On S3 whatever begins with the text in front of the first wildcard is listed: below all folders if a ``/`` follows.
+    """
+    if is_local(pattern):
+        with _errors(pattern, "list"):
             paths = sorted(glob.glob(str(local_path(pattern)), recursive=True))
-            return [_local_info(path, Path(path)) for path in paths if not Path(path).is_dir()]
-        fs, path_there = filesystem(pattern)
-        root = glob_root(pattern)
-        stripped = str(fs._strip_protocol(root)).rstrip("/")
-        found = fs.glob(path_there, detail=True)
-        return [
-            _remote_info(root.rstrip("/") + there[len(stripped) :], found[there])
-            for there in sorted(found)
-            if found[there].get("type") != "directory"
-        ]
+        for path in paths:
+            if not Path(path).is_dir():
+                yield _local_info(path, Path(path))
+        return
+    root = glob_root(pattern).rstrip("/")
+    wanted = pattern[len(root) + 1 :]
+    fixed = re.split(r"[*?[]", wanted, maxsplit=1)[0]
+    with _errors(pattern, "list"):
+        matches = re.compile(fsspec.utils.glob_translate(wanted)).match
+    if _scheme(pattern) in _S3:
+        listed = _list_s3(pattern, _key(f"{root}/{fixed}"), "" if "/" in wanted or "**" in wanted else "/")
+    else:
+        listed = ((name.removeprefix(fixed), facts) for name, facts in _list_remote(root) if name.startswith(fixed))
+    for rest, facts in listed:
+        name = fixed + rest
+        if matches(name) and (_hidden(wanted) or not _hidden(name)):
+            yield _remote_info(f"{root}/{name}", facts)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def open_read(uri: str) -> Iterator[BinaryIO]:
+    """A seekable binary file: each read gives the bytes asked for, or up to the end; else it is a StoreError.
+
+    They are of one version of the object. A read that is cut off is made again.
+    """
+    with _attempt(uri, "read", lambda: _Reading(uri)) as reading:
+        yield cast(BinaryIO, reading)
+
+
 def read_bytes(uri: str) -> bytes:
     """The whole object."""
-    with _errors(uri, "read"):
-        if is_local(uri):
-            return local_path(uri).read_bytes()
-        fs, path = filesystem(uri)
-        return bytes(fs.cat_file(path))
+    with open_read(uri) as file:
+        return file.read()
 
 
 def read_text(uri: str) -> str:
@@ -272,7 +372,7 @@ def read_text(uri: str) -> str:
 def sha256(uri: str) -> str:
     """SHA-256 (hex) of the object, read piece by piece."""
     digest = hashlib.sha256()
-    with _errors(uri, "read"), _open(uri, 0) as file:
+    with open_read(uri) as file:
         while piece := file.read(_PIECE):
             digest.update(piece)
     return digest.hexdigest()
@@ -295,7 +395,8 @@ def download(uri: str, target: Path, expected_sha256: str | None = None) -> str:
     with _errors(uri, "download"):
         target.parent.mkdir(parents=True, exist_ok=True)
         have = partial.stat().st_size if partial.exists() else 0
-        with _open(uri, have) as source, partial.open("ab") as sink:
+        with open_read(uri) as source, partial.open("ab") as sink:
+            source.seek(have)
             shutil.copyfileobj(source, sink, _PIECE)
             sink.flush()
             os.fsync(sink.fileno())
@@ -325,18 +426,26 @@ def local_copy(uri: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="supir-batch-") as folder:
         path = Path(folder) / f"object{Path(name(uri)).suffix}"
-        with _errors(uri, "download"):
-            fs, there = filesystem(uri)
-            fs.get_file(there, str(path))
+        with open_read(uri) as source, _errors(uri, "download"), path.open("xb") as sink:
+            shutil.copyfileobj(source, sink, _PIECE)
         yield path
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
     """The fsspec file system and the path on it, for libraries that read through fsspec themselves (pyarrow)."""
+    refuse_credentials(uri)
+    scheme = _scheme(uri)
+    if scheme in _S3 and "?versionId=" in uri:  # s3fs would use the object whose name ends in front of it
+        raise StoreError(f"{uri}: versions of an object cannot be asked for, nor can a name hold '?versionId='")
     with _errors(uri, "open"):
+        # Of the folder above all: a name may hold what fsspec takes for a chain of file systems ("::").
+        top = "/".join(uri.split("/", 3)[:3])
         # A cached listing would hide what another run wrote since.
-        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
-        return fs, str(path)
+        options = _S3_OPTIONS if scheme in _S3 else {}
+        fs, _ = fsspec.core.url_to_fs(top, use_listings_cache=False, **options)
+        if scheme in _S3:
+            fs.retries = 1
+        return fs, str(fs._strip_protocol(uri))
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -345,22 +454,10 @@ def filesystem(uri: str) -> tuple[Any, str]:
 def write_atomic(uri: str, data: bytes | Path) -> None:
     """Put bytes, or a local file's bytes, at ``uri``: afterwards the old object is there or the new one, never a part.
 
-    Local: a hidden temp beside the target, flushed to the disk, then renamed. Elsewhere: one put.
+    Local: a hidden temp beside the target, flushed to the disk, then renamed. Elsewhere: one put, or on S3 an upload in
+    parts when it is large, which becomes visible when it is completed and is aborted when it cannot be.
     """
-    if not is_local(uri):
-        with _errors(uri, "write"):
-            fs, path = filesystem(uri)
-            if uri.partition("://")[0].lower() not in _FOLDERLESS:
-                fs.makedirs(posixpath.dirname(path), exist_ok=True)
-            if isinstance(data, Path):
-                fs.put_file(str(data), path)
-            else:
-                fs.pipe_file(path, data)
-        return
-    target = local_path(uri)
-    with _errors(uri, "write"), _temp_beside(target, data) as temp:
-        os.replace(temp, target)
-        _sync_folder(target.parent)
+    _attempt(uri, "write", lambda: _put_local(local_path(uri), data) if is_local(uri) else _put_remote(uri, data))
 
 
 def create(uri: str, data: bytes) -> bool:
@@ -373,42 +470,35 @@ def create(uri: str, data: bytes) -> bool:
     """
     if is_local(uri):
         target = local_path(uri)
-        with _errors(uri, "create"), _temp_beside(target, data) as temp:
-            try:
-                os.link(temp, target)
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                    raise
-                return _create_without_links(target, data)
-            _sync_folder(target.parent)
-        return True
+        return _attempt(uri, "create", lambda: _create_local(target, data))
     if find(uri) is not None:
         return False
-    with _errors(uri, "create"):
-        if _put_if_absent(uri, data) and _put_if_absent(uri, data):
-            time.sleep(_RACE_S)
+    if all(_attempt(uri, "create", lambda: _put_if_absent(uri, data)) for _ in range(2)):
+        time.sleep(_RACE_S)
     return read_bytes(uri) == data
 
 
 def delete(uri: str) -> None:
     """Remove the object; that it is already gone is no error."""
-    with _errors(uri, "delete"), suppress(FileNotFoundError):
-        if is_local(uri):
-            local_path(uri).unlink()
-        else:
-            fs, path = filesystem(uri)
-            fs.rm_file(path)
+
+    def remove() -> None:
+        with suppress(FileNotFoundError):
+            if is_local(uri):
+                local_path(uri).unlink()
+            else:
+                fs, path = filesystem(uri)
+                fs.rm_file(path)
+
+    _attempt(uri, "delete", remove)
 
 
 def remove_partials(uri: str) -> int:
-    """Delete the temps that a killed writer left below the folder ``uri``; returns how many.
+    """Delete what a killed writer left below the folder ``uri``: temps, on S3 uploads in parts; returns how many.
 
-    Call it only while nothing writes there. Remote stores have none: their puts are whole or absent.
+    Call it only while nothing writes there. Other stores have none: their puts are whole or absent.
     """
     if not is_local(uri):
-        return 0
+        return _abort_uploads(uri) if _scheme(uri) in _S3 else 0
     stale = [found.uri for found in list_tree(uri) if is_partial(found.uri)]
     for partial in stale:
         delete(partial)
@@ -424,19 +514,211 @@ def is_partial(uri: str) -> bool:
 # --- inside --------------------------------------------------------------------------------------------------------
 
 
-def _open(uri: str, offset: int) -> Any:
-    """A binary file open for reading from ``offset`` on."""
-    if is_local(uri):
-        file: Any = local_path(uri).open("rb")
-    else:
-        fs, path = filesystem(uri)
-        file = fs.open(path, "rb")
+class _Reading(io.RawIOBase):
+    """One version of an object; see open_read."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._at = 0
+        if is_local(uri):
+            self._file: Any = local_path(uri).open("rb", buffering=0)
+        else:
+            fs, path = filesystem(uri)
+            # An object store is asked for just what is read.
+            options = {"cache_type": "none"} if _scheme(uri) in _FOLDERLESS else {}
+            self._file = _ask(fs, path, lambda: fs.open(path, "rb", **options))
+        self._file.seek(0, io.SEEK_END)
+        self._size = self._file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._size - self._at)
+        end = self._at + (left if size is None or size < 0 else min(size, left))
+        pieces = []
+        while self._at < end:
+            pieces.append(_attempt(self._uri, "read", lambda: self._piece(min(end - self._at, _PIECE))))
+            self._at += len(pieces[-1])
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+    def _piece(self, size: int) -> bytes:
+        self._file.seek(self._at)
+        data = bytes(self._file.read(size))
+        if len(data) != size:
+            raise TransientStoreError(f"{self._uri}: is cut off at byte {self._at + len(data)} of {self._size}")
+        return data
+
+
+def _scheme(uri: str) -> str:
+    return uri.partition("://")[0].lower()
+
+
+def _key(uri: str) -> str:
+    """What follows the bucket."""
+    return uri.partition("://")[2].partition("/")[2]
+
+
+def _hidden(path: str) -> bool:
+    return path.startswith(".") or "/." in path
+
+
+def _attempt(uri: str, action: str, work: Callable[[], _T]) -> _T:
+    """What ``work`` returns. It is done again while that can help, with pauses of random length (so that many workers
+    do not come back at once); raises StoreError.
+    """
+    start = time.monotonic()
+    for tried in range(1, _TRIES + 1):
+        try:
+            with _errors(uri, action):
+                return work()
+        except TransientStoreError as error:
+            pause = random.SystemRandom().uniform(0, min(2.0 ** (tried - 1), _LONGEST_PAUSE_S))
+            waited = time.monotonic() - start
+            if tried == _TRIES or waited + pause > _DEADLINE_S:
+                raise TransientStoreError(f"{error} (tried {tried} times in {waited:.0f} s)") from error
+        time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _local_stat(uri: str) -> os.stat_result | None:
     try:
-        file.seek(offset)
-    except BaseException:
-        file.close()
-        raise
-    return file
+        return local_path(uri).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _remote_facts(uri: str) -> dict[str, Any] | None:
+    """What the store says of ``uri``, or None. Not fsspec's exists: that answers False when the network is down."""
+
+    def ask() -> dict[str, Any] | None:
+        fs, path = filesystem(uri)
+        try:
+            return dict(_ask(fs, path, lambda: fs.info(path)))
+        except FileNotFoundError as error:
+            if _code(error) == "NoSuchBucket":
+                raise
+            return None
+
+    return _attempt(uri, "reach", ask)
+
+
+def _ask(fs: Any, path: str, ask: Callable[[], _T]) -> _T:
+    """What ``ask``, which sends a HEAD, returns.
+
+    S3 does not say why it refuses a HEAD, whose answer has no body. So the first byte is asked for: to hear the reason,
+    or for the client to learn the region of the bucket.
+    """
+    try:
+        return ask()
+    except OSError as error:
+        if _code(error) not in ("301", "400", "403") or "/" not in path:
+            raise
+    try:
+        fs.cat_file(path, start=0, end=1)
+    except OSError as error:
+        if _code(error) != "InvalidRange":  # of an empty object
+            raise
+    return ask()
+
+
+def _list_s3(uri: str, prefix: str, delimiter: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What follows ``prefix`` in each key that begins with it, and its facts; in the order of the keys.
+
+    With a ``delimiter``, only keys that do not have it there.
+    """
+    request = {"Bucket": uri.partition("://")[2].partition("/")[0], "Prefix": prefix, "Delimiter": delimiter}
+    while True:
+        page = _attempt(uri, "list", lambda: filesystem(uri)[0].call_s3("list_objects_v2", **request))
+        for found in page.get("Contents", []):
+            # Whoever makes an empty "folder" in a browser puts an object of that name.
+            if found["Key"] != prefix and not found["Key"].endswith("/"):
+                yield found["Key"][len(prefix) :], {**found, "size": found["Size"]}
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _list_remote(folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The path below ``folder`` of every object there, and its facts; sorted, all in memory."""
+
+    def ask() -> tuple[str, dict[str, Any]]:
+        fs, path = filesystem(folder)
+        try:
+            return path.rstrip("/"), fs.find(path, detail=True)
+        except FileNotFoundError:
+            return path, {}
+
+    top, found = _attempt(folder, "list", ask)
+    for there in sorted(found):
+        if there.rstrip("/") != top and not there.endswith("/"):
+            yield there[len(top) :].lstrip("/"), found[there]
+
+
+def _put_local(target: Path, data: bytes | Path) -> None:
+    with _temp_beside(target, data) as temp:
+        os.replace(temp, target)
+        _sync_folder(target.parent)
+
+
+def _put_remote(uri: str, data: bytes | Path) -> None:
+    fs, path = filesystem(uri)
+    scheme = _scheme(uri)
+    if scheme not in _FOLDERLESS:
+        fs.makedirs(posixpath.dirname(path), exist_ok=True)
+    size = data.stat().st_size if isinstance(data, Path) else len(data)
+    options: dict[str, Any] = {}
+    if scheme in _S3:
+        options = {"chunksize": max(_PART, -(-size // _MOST_PARTS)), "max_concurrency": _PARTS_AT_ONCE}
+    if isinstance(data, Path):
+        fs.put_file(str(data), path, **options)
+    else:
+        fs.pipe_file(path, data, **options)
+
+
+def _abort_uploads(uri: str) -> int:
+    """Give up the uploads in parts below ``uri``: nobody sees their parts, but they cost money."""
+    fs, path = filesystem(uri)
+    bucket, _, folder = path.partition("/")
+    prefix = folder.rstrip("/") + "/" if folder else ""
+
+    def abort() -> int:
+        try:
+            uploads = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix).get("Uploads", [])
+        except PermissionError:
+            return 0  # few roles may list uploads: then a rule of the bucket has to clear them (docs/storage.md)
+        for upload in uploads:
+            with suppress(FileNotFoundError):
+                fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
+        return len(uploads)
+
+    total = 0
+    while found := _attempt(uri, "clear uploads below", abort):
+        total += found
+    return total
 
 
 @contextmanager
@@ -457,6 +739,20 @@ def _temp_beside(target: Path, data: bytes | Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temp.unlink()
+
+
+def _create_local(target: Path, data: bytes) -> bool:
+    with _temp_beside(target, data) as temp:
+        try:
+            os.link(temp, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            return _create_without_links(target, data)
+        _sync_folder(target.parent)
+        return True
 
 
 def _create_without_links(target: Path, data: bytes) -> bool:
@@ -484,14 +780,23 @@ def _put_if_absent(uri: str, data: bytes) -> bool:
     return True
 
 
-def _code(error: BaseException | None) -> str:
-    """The store's own word for what went wrong (``NoSuchBucket``, ``AccessDenied``, ...); empty when there is none."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, Mapping):
-            return str(response.get("Error", {}).get("Code", ""))
-        error = error.__cause__
-    return ""
+def _answer(error: BaseException) -> tuple[str, int]:
+    """The store's own word for what went wrong (``NoSuchBucket``, ...) and the HTTP status; "" and 0 where unknown."""
+    cause: BaseException | None = error
+    while cause is not None:
+        response = getattr(cause, "response", None)
+        if isinstance(response, Mapping):  # botocore, below what s3fs makes of it
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return str(response.get("Error", {}).get("Code", "")), int(status)
+        cause = cause.__cause__
+    for name in ("status_code", "code"):  # azure, gcsfs; not of a cause: aiohttp gives a cut body a code as well
+        if isinstance(status := getattr(error, name, None), int):
+            return "", status
+    return "", 0
+
+
+def _code(error: BaseException) -> str:
+    return _answer(error)[0]
 
 
 def _below(inner: str, outer: str) -> str | None:
@@ -534,19 +839,10 @@ def _walk(uri: str, folder: Path) -> Iterator[ObjectInfo]:
 
 def _local_info(uri: str, path: Path) -> ObjectInfo:
     try:
-        stat = path.stat()
+        facts = path.stat()
     except FileNotFoundError:
         return ObjectInfo(uri, -1, "missing")
-    return ObjectInfo(uri, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
-
-
-def _remote_type(uri: str) -> str | None:
-    """``file``, ``directory`` or None. Not fsspec's isfile / isdir: those answer False when the network is down."""
-    fs, path = filesystem(uri)
-    try:
-        return str(fs.info(path)["type"])
-    except FileNotFoundError:
-        return None
+    return ObjectInfo(uri, facts.st_size, f"{facts.st_size}-{facts.st_mtime_ns}")
 
 
 def _remote_info(uri: str, facts: Mapping[str, Any]) -> ObjectInfo:
@@ -564,17 +860,28 @@ def _errors(uri: str, action: str) -> Iterator[None]:
         yield
     except StoreError:
         raise
-    except FileNotFoundError as error:
-        raise StoreError(f"{uri}: does not exist") from error
-    except PermissionError as error:
-        raise StoreError(f"{uri}: access denied; cannot {action} it with these credentials") from error
-    except IsADirectoryError as error:
-        raise StoreError(f"{uri}: is a folder, not a file") from error
-    except ImportError as error:
-        raise StoreError(f"{uri}: this kind of storage needs another package: {error}") from error
     except Exception as error:
-        message = f"{uri}: cannot {action} it: {_describe(error)}"
-        raise (TransientStoreError if _is_transient(uri, error) else StoreError)(message) from error
+        advice = _ADVICE.get(_code(error)) or _ADVICE.get(type(error).__name__)
+        if advice:
+            message = f"{uri}: {advice.format(action=action)}"
+        elif isinstance(error, FileNotFoundError):
+            message = f"{uri}: does not exist"
+        elif isinstance(error, PermissionError):
+            message = f"{uri}: access denied; cannot {action} it with these rights"
+        elif isinstance(error, IsADirectoryError):
+            message = f"{uri}: is a folder, not a file"
+        elif isinstance(error, ImportError):
+            message = f"{uri}: {_missing_package(uri, error)}"
+        else:
+            message = f"{uri}: cannot {action} it: {_describe(error)}"
+        kind = TransientStoreError if _is_transient(uri, error) else StoreError
+        raise kind(_without_secrets(message)) from error
+
+
+def _missing_package(uri: str, error: ImportError) -> str:
+    extra = _EXTRAS.get(_scheme(uri))
+    hint = f"pip install 'supir-batch[{extra}]'" if extra else str(error)
+    return f"this kind of storage needs another package: {hint}"
 
 
 def _describe(error: Exception) -> str:
@@ -583,13 +890,19 @@ def _describe(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
+def _without_secrets(message: str) -> str:
+    """A client may quote the endpoint it was given, with a password in it."""
+    return re.sub(r"://[^/\s:@]*:[^/\s@]*@", "://", message)
+
+
 def _is_transient(uri: str, error: Exception) -> bool:
-    if isinstance(error, TimeoutError | ConnectionError):
-        return True
-    if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
-        return True
-    if is_local(uri):
+    code, status = _answer(error)
+    if code or status:
+        return code in _TRANSIENT_CODES or status in (408, 429, 500, 502, 503, 504)
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | ImportError):
         return False
-    if isinstance(error, OSError) and error.errno in (None, errno.EIO):
-        return True  # what s3fs and gcsfs raise for a 5xx answer once their own retries are used up
-    return any(part in type(error).__name__ for part in _TRANSIENT_NAMES)
+    if isinstance(error, TimeoutError | ConnectionError) or getattr(error, "errno", None) in _TRANSIENT_ERRNO:
+        return True
+    # An OSError without a number is what gcsfs raises for a 5xx answer once its own tries are used up.
+    unnumbered = isinstance(error, OSError) and error.errno in (None, errno.EIO)
+    return not is_local(uri) and (unnumbered or any(part in type(error).__name__ for part in _TRANSIENT_NAMES))

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +15,10 @@ from supir_batch import store
 from supir_batch.errors import StoreError, TransientStoreError
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "s3":
+        return f"{request.getfixturevalue('s3')}/some folder"
     return str(tmp_path / "store") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
 
 
@@ -63,8 +67,8 @@ def test_glob(base: str) -> None:
     for name in ["x/a.png", "x/b.jpg", "x/deep/c.png"]:
         store.write_atomic(store.join(base, name), b"x")
     assert [found.uri for found in store.expand_glob(f"{base}/x/*.png")] == [store.join(base, "x/a.png")]
-    assert len(store.expand_glob(f"{base}/**/*.png")) == 2
-    assert store.expand_glob(f"{base}/y/*.png") == []
+    assert len(list(store.expand_glob(f"{base}/**/*.png"))) == 2
+    assert list(store.expand_glob(f"{base}/y/*.png")) == []
     assert store.glob_root(f"{base}/x/*.png") == f"{base}/x"
 
 
@@ -188,10 +192,117 @@ def test_stale_temps_are_removed(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "sub") == ["a.partial"]
 
 
-def test_network_errors_are_transient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_LONGEST_PAUSE_S", 0.0)
+
+
+def _failing(monkeypatch: pytest.MonkeyPatch, error: OSError, times: int) -> list[int]:
+    """Opening a file fails so often; returns a list that grows by one with each try."""
+    tries: list[int] = []
+    really = Path.open
+
+    def open_(path: Path, *args: Any, **options: Any) -> Any:
+        tries.append(1)
+        if len(tries) <= times:
+            raise error
+        return really(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", open_)
+    return tries
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_what_can_pass_is_tried_again_and_then_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.tif").write_bytes(b"x")
     uri = str(tmp_path / "a.tif")
-    monkeypatch.setattr(Path, "read_bytes", lambda _: (_ for _ in ()).throw(OSError(errno.ETIMEDOUT, "timed out")))
-    with pytest.raises(TransientStoreError, match=r"a\.tif: cannot read it: timed out"):
+    tries = _failing(monkeypatch, OSError(errno.ETIMEDOUT, "timed out"), 4)
+    assert store.read_bytes(uri) == b"x"
+    assert len(tries) == 5
+    tries = _failing(monkeypatch, OSError(errno.ETIMEDOUT, "timed out"), 99)
+    with pytest.raises(TransientStoreError, match=r"a\.tif: cannot read it: timed out \(tried 5 times in 0 s\)"):
+        store.read_bytes(uri)
+    assert len(tries) == 5
+
+
+def test_no_try_begins_after_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_DEADLINE_S", 0.0)
+    tries = _failing(monkeypatch, OSError(errno.ETIMEDOUT, "timed out"), 99)
+    with pytest.raises(TransientStoreError, match="tried 1 times"):
+        store.read_bytes(str(tmp_path / "a.tif"))
+    assert len(tries) == 1
+
+
+def test_what_cannot_pass_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = _failing(monkeypatch, PermissionError(errno.EACCES, "Permission denied"), 99)
+    with pytest.raises(StoreError, match="access denied; cannot read it with these rights") as caught:
+        store.read_bytes(str(tmp_path / "a.tif"))
+    assert not caught.value.retryable
+    assert len(tries) == 1
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    path.write_bytes(b"x" * 100)
+    with store.open_read(str(path)) as file:
+        assert file.read(10) == b"x" * 10
+        os.truncate(path, 50)
+        with pytest.raises(TransientStoreError, match=r"a\.tif: is cut off at byte 50 of 100"):
+            file.read()
+
+
+def test_reading_seeks_and_stops_at_the_end(base: str) -> None:
+    uri = store.join(base, "a.bin")
+    store.write_atomic(uri, b"0123456789")
+    with store.open_read(uri) as file:
+        assert file.read(3) == b"012"
+        assert file.seek(-2, os.SEEK_END) == 8
+        assert file.read(99) == b"89"
+        assert file.read(1) == b""
+        file.seek(1)
+        assert file.read() == b"123456789"
+    assert file.closed
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://key:hunter2@bucket/a.tif",
+        "s3://key:hun/ter2@bucket/a.tif",
+        "https://reader:hunter2@example.org/a.tif",
+        "https://bucket.example.org/a.tif?X-Amz-Signature=hunter2",
+        "https://account.example.net/a.tif?sv=2026&sig=hunter2",
+        "https://example.org/a.tif?token=hunter2",
+    ],
+)
+@pytest.mark.parametrize("use", [store.refuse_credentials, store.read_bytes, store.exists])
+def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str, use: Callable[[str], object]) -> None:
+    with pytest.raises(StoreError, match="take it out and give credentials by environment or profile") as caught:
+        use(uri)
+    assert "ter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://bucket/scan 3: me@home.tif",
+        "s3://arn:aws:s3:eu-north-1:123456789012:accesspoint/masters/me@home.tif",
+        "sftp://reader@example.org:22/me@home.tif",
+        "abfs://masters@museum.dfs.core.windows.net/a:b@c.tif",
+        "s3://bucket/what?sign=of the times.tif",
+        "/archive/a:b@c.tif",
+    ],
+)
+def test_a_colon_or_an_at_sign_is_no_credential(uri: str) -> None:
+    assert store.refuse_credentials(uri) == uri
+
+
+@pytest.mark.parametrize(("uri", "module", "extra"), [("gs://b/a", "gcsfs", "gs"), ("az://b/a", "adlfs", "az")])
+def test_a_missing_package_is_named(uri: str, module: str, extra: str) -> None:
+    if importlib.util.find_spec(module):
+        pytest.skip(f"{module} is installed")
+    with pytest.raises(StoreError, match=rf"needs another package: pip install 'supir-batch\[{extra}\]'"):
         store.read_bytes(uri)
 
 
