@@ -69,7 +69,7 @@ def bag(output_uri: str, target: str) -> int:
     with _whole_or_absent(target) as folder:
         payload: dict[str, str] = {}
         for one in found:
-            payload[one.path] = _copy(store.join(output_uri, one.path), folder / "data" / one.path, _digest(one))
+            payload[one.path] = _copy(store.join(output_uri, one.path), _below(folder / "data", one.path), _digest(one))
             for name, digest in _sidecars(output_uri, one, folder / "data").items():
                 payload[name] = digest
         sizes = [(folder / "data" / name).stat().st_size for name in payload]
@@ -99,9 +99,9 @@ def archivematica(output_uri: str, target: str) -> int:
         taken: set[str] = set()
         for one in found:
             source = one.source_name
-            hashes[source] = _copy(one.row["uri"], objects / source, one.row["source_sha256"])
+            hashes[source] = _copy(one.row["uri"], _below(objects, source), one.row["source_sha256"])
             access = f"manualNormalization/access/{_access_name(one, taken)}"
-            hashes[access] = _copy(store.join(output_uri, one.path), objects / access, _digest(one))
+            hashes[access] = _copy(store.join(output_uri, one.path), _below(objects, access), _digest(one))
             writer.writerow([source, access, ""])
             _sidecars(output_uri, one, folder / "metadata" / "submissionDocumentation")
         name = "manualNormalization/normalization.csv"
@@ -131,10 +131,12 @@ def _digest(one: Deliverable) -> str:
 
 def _sidecars(output_uri: str, one: Deliverable, folder: Path) -> dict[str, str]:
     """Copy what lies beside an output below ``folder``; PREMIS is made of the record where the run wrote none."""
-    found = {name: _copy(store.join(output_uri, name), folder / name, digest) for name, digest in one.sidecars.items()}
+    found = {
+        name: _copy(store.join(output_uri, name), _below(folder, name), digest) for name, digest in one.sidecars.items()
+    }
     name = commit.premis_uri(one.path)
     if name not in found:
-        found[name] = _write(folder / name, premis.document(one.record).decode())
+        found[name] = _write(_below(folder, name), premis.document(one.record).decode())
     return found
 
 
@@ -186,6 +188,11 @@ def _whole_or_absent(target: str) -> Iterator[Path]:
         raise StoreError(f"{target}: cannot be made: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _below(folder: Path, name: str) -> Path:
+    """A place that a log or a record names: neither may lead out of ``folder``."""
+    return Path(store.join(str(folder), name))
 
 
 def _copy(uri: str, target: Path, digest: str) -> str:

@@ -59,7 +59,7 @@ def _write(output_uri: str, base: str, one: Deliverable) -> dict[str, Any]:
             raise StoreError(f"{uri}: is not the file the log speaks of; it was changed since and is not shown")
         pixels: FloatImage = pictures.picture(uri, _LONGER_SIDE, page, digest)
         sizes[name] = (pixels.shape[1], pixels.shape[0])
-        store.write_atomic(store.join(output_uri, IIIF_FOLDER, one.path, f"{name}.jpg"), pictures.jpeg(pixels))
+        store.write_atomic(store.place(output_uri, IIIF_FOLDER, one.path, f"{name}.jpg"), pictures.jpeg(pixels))
     manifest = _manifest(base, one, sizes)
     _put(output_uri, f"{one.path}/manifest.json", manifest)
     return manifest
@@ -67,7 +67,7 @@ def _write(output_uri: str, base: str, one: Deliverable) -> dict[str, Any]:
 
 def _put(output_uri: str, path: str, value: dict[str, Any]) -> None:
     text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
-    store.write_atomic(store.join(output_uri, IIIF_FOLDER, path), text.encode())
+    store.write_atomic(store.place(output_uri, IIIF_FOLDER, path), text.encode())
 
 
 def _manifest(base: str, one: Deliverable, sizes: dict[str, tuple[int, int]]) -> dict[str, Any]:

@@ -293,7 +293,7 @@ def _row_problems(error: ValidationError) -> Iterator[str]:
 
 def _from_row(row: _Row, list_uri: str, origin: str) -> Source:
     folder = store.parent(list_uri)
-    uri = store.resolve(folder, row.uri)
+    uri = store.resolve(folder, store.refuse_credentials(row.uri))
     relative = row.relative or store.relative_to(uri, folder)
     if row.relative is not None and (row.relative.startswith("/") or "://" in row.relative or "\0" in row.relative):
         raise StoreError(f"relative {row.relative!r} must lead down from output.uri; write it like 'box1/photo.tif'")

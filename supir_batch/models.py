@@ -214,7 +214,8 @@ def fetch(source: str, target: str, sha256: str | None, revision: str | None, re
     fetched = []
     for uri, name, wanted in files:
         report(f"{uri} ({store.info(uri).size:,} bytes)")
-        fetched.append(Fetched(where / name, store.download(uri, where / name, wanted)))
+        place = Path(store.join(str(where), name))  # a key of an object store may hold ".."
+        fetched.append(Fetched(place, store.download(uri, place, wanted)))
     return fetched
 
 

@@ -99,6 +99,7 @@ def make_plan(manifest: Manifest, manifest_uri: str, model_sha256: str, captione
     every_job = [*jobs, *(entry.job for entry in refused)]
     _refuse_collisions(manifest, manifest_uri, every_job)
     _refuse_overwriting(manifest, manifest_uri, every_job)
+    _refuse_links(manifest, every_job)
 
     log = runlog.read_log(manifest.output.uri)
     index, attempts = runlog.done_index(log), runlog.last_attempts(log)
@@ -239,6 +240,18 @@ def _refuse_overwriting(manifest: Manifest, manifest_uri: str, jobs: Sequence[Jo
                 )
                 break
     _raise_all([f"{manifest_uri}: {problem}" for problem in problems])
+
+
+def _refuse_links(manifest: Manifest, jobs: Sequence[Job]) -> None:
+    root = manifest.output.uri
+    folders = {store.parent(job.output_stem) for job in jobs} | {store.join(root, name) for name in OWN_FOLDERS}
+    problems: dict[str, None] = {}  # each once, in order
+    for folder in sorted(folders):
+        try:
+            store.refuse_links(store.join(folder, "any"), root)
+        except StoreError as error:
+            problems[str(error)] = None
+    _raise_all(list(problems))
 
 
 def _raise_all(problems: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ from pydantic import (
 )
 
 from supir_batch import model_folder, store
-from supir_batch.errors import ManifestError
+from supir_batch.errors import ManifestError, StoreError
 from supir_batch.types import Compression, FewLevels, GateLimits, Settings, Sidecar, SigningKey, Source
 from supir_model.config import (
     MODELS,
@@ -497,6 +497,7 @@ def manifest_of_folder(
 def _layered(
     data: dict[str, Any], uri: str, overrides: Mapping[str, str] | None, environ: Mapping[str, str] | None
 ) -> Manifest:
+    _refuse_credentials(data, uri)
     origins = dict.fromkeys(_leaves(data), "manifest")
     _make_absolute(data, store.parent(store.resolve(os.getcwd(), uri)))
 
@@ -505,6 +506,7 @@ def _layered(
     for origin, label, text in layers:
         key = _environment_key(label) if origin == "environment" else label
         layer = _override(key, text, f"{origin} {label}")
+        _refuse_credentials(layer, f"{origin} {label}")
         _make_absolute(layer, os.getcwd())
         _merge(data, layer)
         origins[key] = origin
@@ -620,6 +622,18 @@ def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[str]:
     for key, value in data.items():
         keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
     return keys
+
+
+def _refuse_credentials(value: object, place: str) -> None:
+    """The whole manifest is copied beside the run log."""
+    if isinstance(value, str):
+        try:
+            store.refuse_credentials(value)
+        except StoreError as error:
+            raise ManifestError(f"{place}: {error}") from None
+    elif isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            _refuse_credentials(one, place)
 
 
 def _make_absolute(data: dict[str, Any], folder: str) -> None:

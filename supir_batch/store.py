@@ -21,6 +21,7 @@ import shutil
 import stat
 import tempfile
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -151,8 +152,9 @@ def is_local(uri: str) -> bool:
 
 
 def local_path(uri: str) -> Path:
-    """The path behind a local ``uri``, not made absolute."""
-    return Path(uri.removeprefix("file://")).expanduser()
+    """The path behind a local ``uri``, not made absolute. ``~/`` is the home folder, ``~a.tif`` a file like others."""
+    path = Path(uri.removeprefix("file://"))
+    return path.expanduser() if path.parts[:1] == ("~",) else path
 
 
 def normalize(uri: str) -> str:
@@ -187,17 +189,17 @@ def resolve(folder: str, reference: str) -> str:
 def join(base: str, *parts: str) -> str:
     """``base`` extended by ``parts``, which may hold several components each but can only lead down.
 
-    Raises StoreError for an absolute part, a URI, an empty part, ``..`` or a NUL character.
+    Raises StoreError for an absolute part, a URI, a part that names nothing (empty, blank or ``.``), ``..`` and what
+    other systems take for it (``..\\``, full-width dots, blanks around), and a NUL character.
     """
     components: list[str] = []
     for part in parts:
-        pieces = part.split("/")
-        if not part or "://" in part or part.startswith("/") or ".." in pieces or "\0" in part:
+        # Delivered to Windows, or normalized by a server on the way, a name must not become another path.
+        elsewhere = {piece.strip() for piece in re.split(r"[/\\]", unicodedata.normalize("NFKC", part))}
+        if "://" in part or part.startswith("/") or "\0" in part or ".." in elsewhere or elsewhere <= {"", "."}:
             raise StoreError(f"{base}: cannot be extended by {part!r}; use a relative path without '..'")
-        components += [piece for piece in pieces if piece not in ("", ".")]
-    if not components:
-        return base
-    return "/".join([base.rstrip("/"), *components])
+        components += [piece for piece in part.split("/") if piece not in ("", ".")]
+    return "/".join([base.rstrip("/"), *components]) if components else base
 
 
 def parent(uri: str) -> str:
@@ -238,6 +240,31 @@ def glob_root(pattern: str) -> str:
         return os.path.dirname(fixed) or "."
     scheme, _, path = fixed.partition("://")
     return f"{scheme}://{path.rpartition('/')[0]}"
+
+
+def refuse_links(uri: str, folder: str) -> None:
+    """Raise StoreError if a folder between ``folder`` and ``uri``, both excluded, is a symbolic link.
+
+    What is written through one would lie elsewhere: beside the originals, or where another image is written as well.
+    ``folder`` itself may be a link or a mount, and so may what is above it.
+    """
+    if not is_local(uri):
+        return
+    at = local_path(folder)
+    for piece in local_path(uri).relative_to(at).parts[:-1]:
+        at /= piece
+        if at.is_symlink():
+            raise StoreError(
+                f"{at}: is a symbolic link to {os.readlink(at)}; outputs are written below {folder} only: "
+                f"replace it by a folder, or mount there what it leads to"
+            )
+
+
+def place(folder: str, *parts: str) -> str:
+    """:func:`join`, for what will be written below ``folder``: no link may lead out of it. Raises StoreError."""
+    uri = join(folder, *parts)
+    refuse_links(uri, folder)
+    return uri
 
 
 def refuse_credentials(uri: str) -> str:

@@ -166,6 +166,7 @@ def _finish(
     )
 
     output = commit.output_uri(job, facts.format)
+    store.refuse_links(output, job.output_root)
     with tempfile.TemporaryDirectory(prefix="supir-batch-") as folder:
         path = Path(folder) / f"output{encode.EXTENSIONS[file_format]}"
         encode.encode_strips(_in_source_space(working, facts, settings), facts.output_height, path, spec)

@@ -39,6 +39,7 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     """``s3://`` and a new bucket; the environment leads there, and no profile of whoever runs the tests counts."""
     import fsspec
 
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # one made by a test that had another environment
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)

@@ -74,7 +74,7 @@ def build_report(output_uri: str) -> str:
         generative=any(row["setting_engine"] != "lanczos" for row in done),
         version=__version__,
     )
-    index = store.join(output_uri, REPORT_FOLDER, "index.html")
+    index = store.place(output_uri, REPORT_FOLDER, "index.html")
     store.write_atomic(index, page.encode())
     return index
 
@@ -89,8 +89,8 @@ def _card(output_uri: str, row: dict[str, Any]) -> _Card:
         source = pictures.picture(row["uri"], PREVIEW_SIZE, row["setting_page"] or 1)
         original = resample.resize(source, restored.shape[1], restored.shape[0])
         size = (restored.shape[1], restored.shape[0])
-        store.write_atomic(store.join(output_uri, REPORT_FOLDER, before), pictures.jpeg(original))
-        store.write_atomic(store.join(output_uri, REPORT_FOLDER, after), pictures.jpeg(restored))
+        store.write_atomic(store.place(output_uri, REPORT_FOLDER, before), pictures.jpeg(original))
+        store.write_atomic(store.place(output_uri, REPORT_FOLDER, after), pictures.jpeg(restored))
     except (ImageError, StoreError) as error:
         problem = str(error)
     return _Card(
