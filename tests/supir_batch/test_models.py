@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ from typer.testing import CliRunner, Result
 from supir_batch import engine, model_folder, models, store
 from supir_batch.captioner import load_captioner
 from supir_batch.cli import app
-from supir_batch.errors import ManifestError, StoreError, TransientStoreError
+from supir_batch.errors import ManifestError, StoreError
 from supir_batch.plan import make_plan
 from supir_batch.settings import load_manifest
 from supir_batch.types import ModelRef, TileBox, TileTicket
@@ -270,49 +269,6 @@ def test_what_is_here_with_another_content_is_not_overwritten(remote: str, tmp_p
     assert result.exit_code == 2
     assert "is not overwritten" in result.stderr
     assert (tmp_path / "a.ckpt").read_bytes() == b"old"
-
-
-class CutOff:
-    """A file whose connection breaks after its first piece."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._given = file, False
-
-    def read(self, size: int) -> bytes:
-        if self._given:
-            raise ConnectionResetError("cut off")
-        self._given = True
-        return self._file.read(min(size, 300_000))
-
-    def __enter__(self) -> CutOff:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-def test_an_interrupted_copy_is_continued(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = bytes(range(256)) * 4096
-    uri, target = store.join(remote, "a.ckpt"), tmp_path / "here" / "a.ckpt"
-    store.write_atomic(uri, content)
-    offsets: list[int] = []
-    original = store._open
-
-    def opened(name: str, offset: int) -> object:
-        file = original(name, offset)
-        if name != uri:
-            return file
-        offsets.append(offset)
-        return CutOff(file) if len(offsets) == 1 else file
-
-    monkeypatch.setattr(store, "_open", opened)
-    with pytest.raises(TransientStoreError, match="cut off"):
-        store.download(uri, target)
-    assert not target.exists()
-    assert store.download(uri, target) == hashlib.sha256(content).hexdigest()
-    assert target.read_bytes() == content
-    assert offsets == [0, 300_000]
-    assert [path.name for path in target.parent.iterdir()] == ["a.ckpt"]
 
 
 def test_the_rest_of_another_version_is_not_appended(remote: str, tmp_path: Path) -> None:

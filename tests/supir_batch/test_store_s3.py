@@ -11,6 +11,7 @@ import traceback
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -214,6 +215,26 @@ def test_a_body_that_is_always_cut_is_an_error_and_never_short(
         with pytest.raises(TransientStoreError):
             store.download(uri, tmp_path / "a.bin")
     assert not (tmp_path / "a.bin").exists()
+
+
+def test_an_interrupted_download_is_continued(
+    s3_server: S3Server, s3: str, through: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    uri, content = f"{s3}/a.ckpt", os.urandom(1_000_000)
+    store.write_atomic(uri, content)
+    monkeypatch.setattr(store, "_PIECE", 100_000)
+    monkeypatch.setattr(store, "_TRIES", 1)
+    kept = [0]
+    with faulty_proxy(s3_server.port, Faults(cut_response=0.6), 3) as proxy:
+        through(AWS_ENDPOINT_URL=proxy.url)
+        while not (tmp_path / "a.ckpt").exists():
+            with suppress(TransientStoreError):
+                store.download(uri, tmp_path / "a.ckpt")
+            kept += [path.stat().st_size for path in tmp_path.glob(".a.ckpt.*.partial")]
+    assert (tmp_path / "a.ckpt").read_bytes() == content
+    assert kept == sorted(kept)
+    assert len(set(kept)) > 2  # it was cut off more than once, and went on from there
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.ckpt"]
 
 
 def test_what_changes_while_it_is_read_is_not_mixed(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
