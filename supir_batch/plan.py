@@ -244,7 +244,7 @@ def _refuse_overwriting(manifest: Manifest, manifest_uri: str, jobs: Sequence[Jo
 
 def _refuse_links(manifest: Manifest, jobs: Sequence[Job]) -> None:
     root = manifest.output.uri
-    folders = {store.parent(job.output_stem) for job in jobs} | {store.join(root, name) for name in OWN_FOLDERS}
+    folders = {job.output_stem.rpartition("/")[0] for job in jobs} | {store.join(root, name) for name in OWN_FOLDERS}
     problems: dict[str, None] = {}  # each once, in order
     for folder in sorted(folders):
         try:

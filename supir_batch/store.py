@@ -153,8 +153,8 @@ def is_local(uri: str) -> bool:
 
 def local_path(uri: str) -> Path:
     """The path behind a local ``uri``, not made absolute. ``~/`` is the home folder, ``~a.tif`` a file like others."""
-    path = Path(uri.removeprefix("file://"))
-    return path.expanduser() if path.parts[:1] == ("~",) else path
+    path = uri.removeprefix("file://")
+    return Path(path).expanduser() if path == "~" or path.startswith("~/") else Path(path)
 
 
 def normalize(uri: str) -> str:
