@@ -902,7 +902,8 @@ def _errors(uri: str, action: str) -> Iterator[None]:
         else:
             message = f"{uri}: cannot {action} it: {_describe(error)}"
         kind = TransientStoreError if _is_transient(uri, error) else StoreError
-        raise kind(_without_secrets(message)) from error
+        kept = None if _without_secrets(str(error)) != str(error) else error  # a traceback shows its message as well
+        raise kind(_without_secrets(message)) from kept
 
 
 def _missing_package(uri: str, error: ImportError) -> str:
