@@ -9,6 +9,7 @@ again can help is tried again; what then still fails is a :class:`TransientStore
 from __future__ import annotations
 
 import errno
+import functools
 import glob
 import hashlib
 import io
@@ -730,22 +731,30 @@ def _abort_uploads(uri: str) -> int:
     """Give up the uploads in parts below ``uri``: nobody sees their parts, but they cost money."""
     fs, path = filesystem(uri)
     bucket, _, folder = path.partition("/")
-    prefix = folder.rstrip("/") + "/" if folder else ""
+    request = {"Bucket": bucket, "Prefix": f"{folder.rstrip('/')}/" if folder else ""}
 
-    def abort() -> int:
+    def list_page() -> dict[str, Any]:
         try:
-            uploads = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix).get("Uploads", [])
-        except PermissionError:
-            return 0  # few roles may list uploads: then a rule of the bucket has to clear them (docs/storage.md)
-        for upload in uploads:
-            with suppress(FileNotFoundError):
-                fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
-        return len(uploads)
+            return dict(fs.call_s3("list_multipart_uploads", **request))
+        except OSError as error:
+            # Not every role may list uploads, nor can every server: then a rule of the bucket has to clear them.
+            if isinstance(error, PermissionError) or _code(error) in ("NotImplemented", "MethodNotAllowed"):
+                return {}
+            raise
+
+    def abort(upload: Mapping[str, Any]) -> None:
+        with suppress(FileNotFoundError):  # a try before this one did it
+            fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
 
     total = 0
-    while found := _attempt(uri, "clear uploads below", abort):
-        total += found
-    return total
+    while True:
+        page = _attempt(uri, "list uploads below", list_page)
+        for upload in page.get("Uploads", []):
+            _attempt(uri, "abort an upload below", functools.partial(abort, upload))
+            total += 1
+        if not page.get("IsTruncated"):
+            return total
+        request |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
 
 @contextmanager

@@ -47,6 +47,11 @@ def hashes(uri: str) -> dict[str, str]:
     return {found.uri.removeprefix(uri): store.sha256(found.uri) for found in store.list_tree(uri)}
 
 
+def but_lease(found: dict[str, str]) -> dict[str, str]:
+    """Who writes to an output is noted there by each run, also by one that has nothing to do."""
+    return {name: digest for name, digest in found.items() if not name.startswith("/_runs/_lease/")}
+
+
 def ours(output: str) -> dict[str, str]:
     """What must not depend on when and how often it ran: the images."""
     endings = (".jpg", ".png", ".tif")
@@ -70,12 +75,12 @@ def test_the_demo_runs_on_s3(s3: str, local_demo: Path, tmp_path: Path, engine: 
     first = command("run", f"{home}/demo.yaml", "--json")
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout)["done"] == 7
-    written = hashes(f"{home}/restored")
+    written = but_lease(hashes(f"{home}/restored"))
 
     second = command("run", f"{home}/demo.yaml", "--json")
     assert second.returncode == 0, second.stderr
     assert (json.loads(second.stdout)["done"], json.loads(second.stdout)["skipped"]) == (0, 7)
-    assert hashes(f"{home}/restored") == written
+    assert but_lease(hashes(f"{home}/restored")) == written
     assert hashes(f"{home}/archive") == originals
 
     here = tmp_path / "here"
