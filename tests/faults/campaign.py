@@ -3,7 +3,8 @@
 A Ray cluster of three nodes on this machine stays up, as a real one would; drivers come and go on it. In each round an
 archive is restored while whatever makes it up is killed with SIGKILL: the driver, a restoring actor, a CPU worker, the
 ledger, a whole node. A driver that was killed is started again. When a run has ended by itself, the output is compared
-with that of an undisturbed run.
+with that of an undisturbed run. Every other round writes to an S3 store behind a proxy that answers 10% of the requests
+with errors, resets and cut bodies, and delays all of them.
 """
 
 from __future__ import annotations
@@ -19,16 +20,21 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ray.cluster_utils import Cluster
 
+from supir_batch import runlog, store
+from supir_batch.verify import verify
 from tests.runs import COMMAND, manifest, photograph
+from tests.servers.faulty_proxy import Faults, faulty_proxy
+from tests.servers.swift import swift_server
 
 IMAGES = 16
+FAULTS = Faults(unavailable=0.04, reset=0.02, cut_request=0.02, cut_response=0.02, latency_s=0.05)
 TARGETS = {"driver": 4, "actor": 3, "worker": 4, "ledger": 1, "node": 2}  # and how often, relative to each other
 QUARANTINED = ("poison", "hang")
 
@@ -39,6 +45,7 @@ class Figures:
 
     seed: int
     kills: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)  # that requests to the store met
     rounds: int = 0
     drivers: int = 0
     done: int = 0
@@ -49,7 +56,7 @@ class Figures:
 
     def text(self) -> str:
         """One JSON object."""
-        return json.dumps(self.__dict__ | {"kills": dict(self.kills), "total_kills": sum(self.kills.values())})
+        return json.dumps(self.__dict__ | {"total_kills": sum(self.kills.values())})
 
 
 class Nodes:
@@ -125,16 +132,24 @@ def strike(target: str, driver: subprocess.Popen[str], cluster: Nodes, rng: rand
     return True
 
 
-def outputs(folder: Path) -> dict[str, bytes]:
-    """Every image of an output folder."""
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+def outputs(uri: str) -> dict[str, str]:
+    """The hash of every image of an output folder."""
+    return {store.name(one.uri): store.sha256(one.uri) for one in store.list_tree(uri) if _is_image(uri, one.uri)}
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """The run log of an output folder, as the product reads it."""
-    from supir_batch import runlog
+def stamps(uri: str) -> dict[str, str]:
+    """When every image of an output folder was written, as its store says."""
+    found = {}
+    for one in store.list_tree(uri):
+        if _is_image(uri, one.uri):
+            filesystem, path = store.filesystem(one.uri)
+            facts = filesystem.info(path)
+            found[store.name(one.uri)] = str(facts.get("LastModified") or facts["mtime"])
+    return found
 
-    return list(runlog.read_log(str(folder)).to_pylist())
+
+def _is_image(uri: str, found: str) -> bool:
+    return store.parent(found) == uri and found.endswith(".png") and not store.is_partial(found)
 
 
 def start(path: Path, cluster: Nodes, command: str = "run") -> subprocess.Popen[str]:
@@ -147,7 +162,7 @@ def start(path: Path, cluster: Nodes, command: str = "run") -> subprocess.Popen[
     )
 
 
-def archive(folder: Path) -> Path:
+def archive(folder: Path, output: str) -> Path:
     """Images of which one is cut into tiles, and their manifest."""
     (folder / "in").mkdir(parents=True)
     for i in range(IMAGES):
@@ -155,26 +170,26 @@ def archive(folder: Path) -> Path:
     photograph(folder / "in/large.png", 900, 700, seed=99)
     return manifest(
         folder,
+        output={"uri": output},
         engine={"name": "lanczos", "upscale": 2},
         tiling={"max_pixels": 1_000_000, "overlap": 64},
         runtime={"images_in_flight": 8, "actors": 2},
     )
 
 
-def disturbed(path: Path, cluster: Nodes, rng: random.Random, kills: int, figures: Figures) -> None:
-    """One round: a run that is struck ``kills`` times at most, to its end; what is wrong then goes to the figures."""
-    out, stamps, struck = path.parent / "out", dict[str, int](), 0
-    where = f"round {figures.rounds}"
+def disturbed(path: Path, out: str, cluster: Nodes, rng: random.Random, kills: int, figures: Figures) -> list[str]:
+    """One round: a run that is struck ``kills`` times at most, to its end. Returns what is wrong with it then."""
+    written, struck = dict[str, str](), 0
     driver, command = start(path, cluster), "run"
     figures.drivers += 1
     while True:
         try:
-            driver.wait(rng.uniform(0.5, 12.0) if struck < kills else 300)
+            driver.wait(rng.uniform(0.3, 6.0) if struck < kills else 300)
         except subprocess.TimeoutExpired:
             if struck >= kills:
                 driver.kill()
-                figures.wrong.append(f"{where}: the run did not end within 300 s of the last kill")
-                return
+                driver.communicate()
+                return ["the run did not end within 300 s of the last kill"]
             target = rng.choices(list(TARGETS), list(TARGETS.values()))[0]
             if strike(target, driver, cluster, rng):
                 struck += 1
@@ -182,64 +197,64 @@ def disturbed(path: Path, cluster: Nodes, rng: random.Random, kills: int, figure
             if target != "driver":
                 continue
         told, said = driver.communicate()
-        for found in out.glob("*.png"):  # what is committed when a driver dies must never be written again
-            stamps.setdefault(found.name, found.stat().st_mtime_ns)
+        written = stamps(out) | written  # what is committed when a driver ends must never be written again
         if driver.returncode == 0:
             break
         if driver.returncode == 3:
             kinds = json.loads(told)["failed"]
             if not set(kinds) <= set(QUARANTINED):
-                figures.wrong.append(f"{where}: failed {kinds}: {said[-2000:]}")
-                return
+                return [f"failed {kinds}: {said[-2000:]}"]
             figures.set_aside += sum(kinds.values())
             command = "retry"
         elif driver.returncode not in (-signal.SIGKILL, 4):
-            figures.wrong.append(f"{where}: the driver ended with {driver.returncode}: {said[-2000:]}")
-            return
+            return [f"the driver ended with {driver.returncode}: {said[-2000:]}"]
         driver = start(path, cluster, command)
         figures.drivers += 1
-    figures.wrong += [f"{where}: {problem}" for problem in problems(path, stamps, figures)]
+    return problems(path, out, written, figures)
 
 
-def problems(path: Path, stamps: dict[str, int], figures: Figures) -> list[str]:
+def problems(path: Path, out: str, written: dict[str, str], figures: Figures) -> list[str]:
     """What does not hold of an output after its run has ended."""
-    from supir_batch.verify import verify
-
-    out, expected = path.parent / "out", path.parent.parent / "undisturbed"
     wrong = []
-    if outputs(out) != outputs(expected):
+    if outputs(out) != outputs(str(path.parent.parent / "undisturbed")):
         wrong.append("the images are not those of an undisturbed run")
-    wrong += [f"{name} was written again" for name, at in stamps.items() if (out / name).stat().st_mtime_ns != at]
-    logged = rows(out)
+    now = stamps(out)
+    wrong += [f"{name} was written again" for name, at in written.items() if now[name] != at]
+    logged = list(runlog.read_log(out).to_pylist())
     done = Counter(row["id"] for row in logged if row["status"] == "done")
     if set(done.values()) != {1} or set(done) != {found.name for found in (path.parent / "in").iterdir()}:
         wrong.append(f"the log does not name every image once: {done}")
     figures.done += len(done)
     figures.recovered += sum(bool(row["recovered"]) for row in logged)
-    left = [
-        str(found)
-        for found in out.rglob("*")
-        if found.is_file() and ("_parts" in found.parts or ".partial" in found.name)
-    ]
-    wrong += [f"{name} was left behind" for name in left]
-    wrong += [f"verify: {problem}" for checked in verify(str(out), None) for problem in checked.problems]
-    return wrong
+    left = [one.uri for one in store.list_tree(out) if "/_parts/" in one.uri or store.is_partial(one.uri)]
+    wrong += [f"{uri} was left behind" for uri in left]
+    return wrong + [f"verify: {problem}" for checked in verify(out, None) for problem in checked.problems]
 
 
-def campaign(folder: Path, kills: int, seed: int, per_round: int = 6, minutes: float = 600.0) -> Figures:
+def campaign(folder: Path, kills: int, seed: int, per_round: int = 16, minutes: float = 600.0) -> Figures:
     """Rounds until so many kills were made, or so much time has passed."""
     figures, rng, began = Figures(seed), random.Random(seed), time.monotonic()
-    with nodes() as cluster:
-        path = archive(folder / "undisturbed-run")
+    with ExitStack() as stack:
+        server = stack.enter_context(swift_server(folder / "store"))
+        proxy = stack.enter_context(faulty_proxy(server.port, Faults(), seed))
+        os.environ.update(server.environment(proxy.url))
+        store.filesystem("s3://campaign")[0].mkdir("campaign")
+        cluster = stack.enter_context(nodes())
+        path = archive(folder / "first", str(folder / "undisturbed"))
         first = start(path, cluster)
         _, said = first.communicate()
         if first.returncode != 0:
             raise RuntimeError(f"the undisturbed run failed: {said}")
-        (folder / "undisturbed-run/out").rename(folder / "undisturbed")
         while sum(figures.kills.values()) < kills and time.monotonic() - began < minutes * 60 and not figures.wrong:
             figures.rounds += 1
+            name = f"round-{figures.rounds:03d}"
+            remote = figures.rounds % 2 == 0
+            proxy.faults = FAULTS if remote else Faults()
+            out = f"s3://campaign/{name}" if remote else str(folder / name / "out")
             wanted = min(per_round, kills - sum(figures.kills.values()))
-            disturbed(archive(folder / f"round-{figures.rounds:03d}"), cluster, rng, wanted, figures)
+            wrong = disturbed(archive(folder / name, out), out, cluster, rng, wanted, figures)
+            figures.wrong += [f"{name}: {problem}" for problem in wrong]
+            figures.faults = Counter({kind: count for kind, count in proxy.met.items() if kind != "none"})
             figures.seconds = round(time.monotonic() - began, 1)
             print(figures.text(), file=sys.stderr, flush=True)
     return figures
