@@ -21,6 +21,13 @@ from swift.common.ring import RingBuilder
 
 REGION = "eu-north-1"
 _START_S = 60.0
+_SERVICE = """
+import ctypes, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with the tests, however they end (Linux, as Swift)
+from swift.{package}.server import main
+sys.exit(main())
+"""
 
 # One replica on one device. A listing is up to date when a put is answered, however busy the machine is, and comes in
 # pages of 50, so that a few objects make several pages.
@@ -52,6 +59,7 @@ use = egg:swift#proxy
 account_autocreate = true
 node_timeout = 60
 conn_timeout = 10
+error_suppression_limit = 1000000
 [filter:catch_errors]
 use = egg:swift#catch_errors
 [filter:s3api]
@@ -130,9 +138,7 @@ def _ring(path: Path, port: int) -> None:
 
 @contextmanager
 def _process(folder: Path, kind: str) -> Iterator[subprocess.Popen[bytes]]:
-    start = f"import sys; from swift.{kind}.server import main; sys.exit(main())"
-    if kind == "object":
-        start = start.replace("swift.object", "swift.obj")
+    start = _SERVICE.format(package="obj" if kind == "object" else kind)
     with (folder / f"{kind}.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", start, str(folder / f"{kind}.conf"), "--verbose"],
