@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import io
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from supir_batch import runlog, store
 from supir_batch.captions import CAPTIONS_FOLDER
 from supir_batch.driver import Stop, Stopped, exit_code, signal_number, signals
 from supir_batch.errors import ManifestError
+from supir_batch.events import Listener
 from supir_batch.plan import Plan
 from supir_batch.progress import progress
 from supir_batch.settings import Manifest
@@ -108,7 +110,7 @@ def write_captions(manifest: Manifest, plan: Plan, list_uri: str) -> CaptionSumm
                 from supir_batch import pipeline  # noqa: PLC0415 (Ray takes seconds)
 
                 with signals(asked := Stop()):
-                    pipeline.caption(wanted, manifest.runtime, on_row, run_id, asked)
+                    pipeline.caption(wanted, manifest.runtime, Listener(on_row, _warn), run_id, asked)
         except (Stopped, KeyboardInterrupt, SystemExit) as stop:
             stopped_by = signal_number(stop)
         except Exception as error:
@@ -129,6 +131,10 @@ def write_captions(manifest: Manifest, plan: Plan, list_uri: str) -> CaptionSumm
         stopped_by=stopped_by,
         error=stop_error,
     )
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _place(job: Job) -> tuple[str, int, str]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from supir_batch.caption_list import CaptionSummary
     from supir_batch.driver import Limits, Summary
     from supir_batch.evaluate import Comparison, LeftOut
+    from supir_batch.events import Talk
     from supir_batch.plan import Plan
     from supir_batch.settings import Manifest
     from supir_batch.types import Job
@@ -52,6 +53,13 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, such as engine.steps=20. Repeatable."),
 ]
+LogJsonOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|-", help="Add one JSON object per line for every event; -: to stderr, in place of words."
+    ),
+]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray says, on stderr.")]
 AnchorsOption = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="Certificates (PEM) of those whose signatures are trusted."),
@@ -94,29 +102,27 @@ def run(
     max_duration: Annotated[
         str | None, typer.Option(metavar="TIME", help="Stop after 90s, 45m or 10h; images on their way are finished.")
     ] = None,
+    log_json: LogJsonOption = None,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Restore what the manifest names and is not done yet."""
-    with _errors(debug):
+    with _errors(debug), _talk(log_json, verbose) as talk:
         from supir_batch.driver import execute
 
         limits = _limits(limit, max_failures, max_duration)
         loaded, plan = _plan(manifest, overrides)
-        typer.echo(
-            f"{len(plan.todo)} to do, {len(plan.done)} done before, {len(plan.refused)} refused"
-            f"{_ignored(plan.ignored)}; output {plan.output_uri}",
-            err=True,
-        )
-        for reason, count in list(plan.changed.items())[:_SHOWN]:
-            typer.echo(f"{count} again, {reason}", err=True)
-        if plan.todo and loaded.signing.files is not None:
-            from supir_batch import signing
-
-            if warning := signing.check(loaded.signing.files):
-                typer.echo(f"warning: {warning}", err=True)
-        summary = execute(loaded, manifest, plan, limits)
-        if summary.error is not None:
+        if talk.people:
+            typer.echo(
+                f"{len(plan.todo)} to do, {len(plan.done)} done before, {len(plan.refused)} refused"
+                f"{_ignored(plan.ignored)}; output {plan.output_uri}",
+                err=True,
+            )
+            for reason, count in list(plan.changed.items())[:_SHOWN]:
+                typer.echo(f"{count} again, {reason}", err=True)
+        summary = execute(loaded, manifest, plan, limits, talk)
+        if summary.error is not None and talk.people:
             _complain(summary.error, debug)
         again = ["supir-batch", "run", manifest]
         again += [word for override in overrides or [] for word in ("--set", override)]
@@ -127,6 +133,50 @@ def run(
         else:
             typer.echo(_summary_text(summary, shlex.join(again)))
         raise typer.Exit(summary.exit_code)
+
+
+@app.command(epilog=_EPILOG, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def submit(
+    context: typer.Context,
+    manifest: ManifestArgument,
+    address: Annotated[str, typer.Option(metavar="URL", help="The cluster's dashboard, such as http://head:8265.")],
+    follow: Annotated[bool, typer.Option(help="Show what the job writes, and end with its exit code.")] = True,
+    overrides: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Run a manifest as a job on a Ray cluster. All other options, after the manifest, are those of run.
+
+    A local manifest is sent along, with --set and SUPIR_BATCH__ variables in it and its places made absolute; what it
+    names must be within the cluster's reach. A manifest at a URI is read by the cluster.
+    """
+    _parse_run([manifest, *context.args])  # refused here, not by a job that has waited for its turn
+    with _errors(debug):
+        import tempfile
+        from pathlib import Path
+
+        from supir_batch import pipeline, runlog, store
+        from supir_batch.settings import to_yaml
+
+        job = f"supir-batch-{runlog.new_run_id()}"
+        options = ["--set", "runtime.address=auto", *context.args]
+        if store.is_local(manifest):
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, "manifest.yaml").write_text(to_yaml(_load(manifest, overrides)), encoding="utf-8")
+                command = shlex.join(["supir-batch", "run", "manifest.yaml", *options])
+                pipeline.submit(address, job, command, folder)
+        else:
+            options += [word for override in overrides or [] for word in ("--set", override)]
+            pipeline.submit(address, job, shlex.join(["supir-batch", "run", manifest, *options]), None)
+        typer.echo(f"job {job}; to stop it in order: ray job stop --address {address} {job}", err=True)
+        if not follow:
+            typer.echo(job)
+            return
+        try:
+            code = pipeline.follow(address, job, lambda text: typer.echo(text, nl=False))
+        except KeyboardInterrupt:
+            typer.echo(f"the job goes on; to see it: ray job logs --follow --address {address} {job}", err=True)
+            raise
+        raise typer.Exit(code)
 
 
 @app.command(epilog=_EPILOG)
@@ -487,6 +537,30 @@ def _errors(debug: bool) -> Iterator[None]:
         if isinstance(error, LeaseError):
             raise typer.Exit(5) from None
         raise typer.Exit(4 if getattr(error, "retryable", False) else 2) from None
+
+
+def _parse_run(words: list[str]) -> None:
+    """Raise a usage error if ``run`` does not take these words."""
+    command = typer.main.get_command(app)
+    assert isinstance(command, typer.core.TyperGroup)
+    command.commands["run"].make_context("run", words)
+
+
+@contextmanager
+def _talk(log_json: str | None, verbose: bool) -> Iterator[Talk]:
+    import os
+
+    from supir_batch.events import Talk
+
+    if log_json is None:
+        yield Talk(verbose=verbose)
+        return
+    try:  # a copy of stderr, because Ray's start holds back what comes there
+        lines = open(os.dup(2) if log_json == "-" else log_json, "a", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise ManifestError(f"--log-json {log_json}: cannot be written: {error.strerror}") from error
+    with lines:
+        yield Talk(log_json != "-", lines, verbose)
 
 
 def _complain(error: Exception, debug: bool) -> None:

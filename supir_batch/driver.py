@@ -11,17 +11,17 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import FrameType
 from typing import Any
 
-from supir_batch import __version__, checksums, lease, runlog, store
-from supir_batch.errors import StoreError
+from supir_batch import __version__, checksums, lease, runlog, signing, store
+from supir_batch.errors import StoreError, SupirBatchError
+from supir_batch.events import Events, Listener, Talk
 from supir_batch.plan import Plan, RefusedJob
-from supir_batch.progress import progress
 from supir_batch.settings import Manifest, explain
 from supir_batch.types import Outcome, TileTicket
 
@@ -93,20 +93,70 @@ class Stopped(BaseException):
         self.number = number
 
 
-def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limits: Limits) -> Summary:
-    """Do the plan's work, within ``limits``.
+def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limits: Limits, talk: Talk) -> Summary:
+    """Do the plan's work, within ``limits``; ``talk`` says how to tell of it.
 
     Every image ends as a row of the run log. A first signal, a limit, or an error that is not one image's ends the run
     early, after the rows so far are safely written; the summary then says so. Raises, before any work, ManifestError
     if a foreign file lies where the list of hashes goes, and LeaseError if another run is writing to the output.
     """
-    checksums.refuse_foreign(plan.output_uri)
     run_id, stop = runlog.new_run_id(), Stop()
-    with lease.held(plan.output_uri, run_id, lambda: stop.because("another run has taken over the output")):
-        return _execute(manifest, manifest_uri, plan, limits, run_id, stop)
+    events = Events(talk, run_id)
+    events.tell(
+        "info",
+        "start",
+        f"{len(plan.todo)} to do, {len(plan.done)} done before, {len(plan.refused)} refused; output {plan.output_uri}",
+        {"manifest": manifest_uri, "output": plan.output_uri, "todo": len(plan.todo), "version": __version__},
+    )
+    try:
+        checksums.refuse_foreign(plan.output_uri)
+        if plan.todo and manifest.signing.files is not None and (warning := signing.check(manifest.signing.files)):
+            events.warn(warning)
+        with lease.held(plan.output_uri, run_id, lambda: stop.because("another run has taken over the output")):
+            events.tell("info", "lease", f"holds the lease of {plan.output_uri}")
+            with _telling(stop, events):
+                summary = _execute(manifest, manifest_uri, plan, limits, run_id, stop, events, talk)
+    except SupirBatchError as error:
+        events.tell("error", "error", str(error))
+        raise
+    if summary.error is not None:
+        events.tell("error", "error", str(summary.error))
+    counts = {"done": summary.done, "failed": dict(summary.failed), "left": summary.left}
+    ended = f"{summary.done} done, {sum(summary.failed.values())} failed, {summary.left} left"
+    events.tell("info", "end", ended, {**counts, "reason": summary.reason, "exit_code": summary.exit_code})
+    return summary
 
 
-def _execute(manifest: Manifest, manifest_uri: str, plan: Plan, limits: Limits, run_id: str, stop: Stop) -> Summary:
+@contextmanager
+def _telling(stop: Stop, events: Events) -> Iterator[None]:
+    """Tell when a run is asked to stop: in a thread, because a signal may come in the middle of a line."""
+    over = threading.Event()
+
+    def tell() -> None:
+        while not over.is_set():
+            if stop.wait(0.2):
+                events.tell("warning", "drain", f"stopping: {stop.reason}; images on their way are finished first")
+                return
+
+    teller = threading.Thread(target=tell, name="events", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
+
+
+def _execute(
+    manifest: Manifest,
+    manifest_uri: str,
+    plan: Plan,
+    limits: Limits,
+    run_id: str,
+    stop: Stop,
+    events: Events,
+    talk: Talk,
+) -> Summary:
     jobs = [entry.job for entry in plan.todo][: limits.images]
     started = time.monotonic()
     if not jobs and not plan.refused:
@@ -122,7 +172,7 @@ def _execute(manifest: Manifest, manifest_uri: str, plan: Plan, limits: Limits, 
     failed: Counter[str] = Counter()
     stopped_by: int | None = None
     stop_error: Exception | None = None
-    with runlog.RunLog(plan.output_uri, run_id) as log, progress(len(jobs) + len(plan.refused)) as display:
+    with runlog.RunLog(plan.output_uri, run_id) as log, events.progress(len(jobs) + len(plan.refused)) as displays:
 
         def on_row(row: dict[str, Any]) -> None:
             log.append(row)
@@ -134,15 +184,19 @@ def _execute(manifest: Manifest, manifest_uri: str, plan: Plan, limits: Limits, 
                 failed[row["failure_kind"]] += 1
                 if limits.too_many(rows["failed"], len(jobs) + len(plan.refused)):
                     stop.because(f"{rows['failed']} images failed, more than --max-failures allows")
-            display.update(row)
+            for display in displays:
+                display.update(row)
 
         for refused in plan.refused:
             on_row(runlog.to_row(_refusal(refused), run_id))
         log.flush()
         try:
             if jobs:
-                with signals(stop), _timer(limits.seconds, stop):
-                    _stream(manifest, run_id, jobs, on_row, stop)
+                from supir_batch import pipeline  # noqa: PLC0415 (Ray takes seconds; only a run with work needs it)
+
+                listener = Listener(on_row, events.warn, talk.verbose)
+                with signals(stop, talk.people), _timer(limits.seconds, stop):
+                    pipeline.run(jobs, manifest.runtime, listener, run_id, stop)
         except (Stopped, KeyboardInterrupt, SystemExit) as signaled:
             stopped_by = signal_number(signaled)
         except Exception as error:
@@ -168,14 +222,6 @@ def _execute(manifest: Manifest, manifest_uri: str, plan: Plan, limits: Limits, 
     )
 
 
-def _stream(
-    manifest: Manifest, run_id: str, jobs: list[Any], on_row: Callable[[dict[str, Any]], None], stop: Stop
-) -> None:
-    from supir_batch import pipeline  # noqa: PLC0415 (Ray takes seconds; only a run that has work needs it)
-
-    pipeline.run(jobs, manifest.runtime, on_row, run_id, stop)
-
-
 @contextmanager
 def _timer(seconds: float | None, stop: Stop) -> Iterator[None]:
     """Stop after some seconds of the body."""
@@ -192,8 +238,11 @@ def _timer(seconds: float | None, stop: Stop) -> Iterator[None]:
 
 
 @contextmanager
-def signals(stop: Stop) -> Iterator[None]:
-    """Let a first SIGINT or SIGTERM set ``stop``, a second raise :class:`Stopped`; a third meets the handler before."""
+def signals(stop: Stop, people: bool = True) -> Iterator[None]:
+    """Let a first SIGINT or SIGTERM set ``stop``, a second raise :class:`Stopped`; a third meets the handler before.
+
+    With ``people`` the first is answered on stderr.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
 
@@ -209,6 +258,8 @@ def signals(stop: Stop) -> Iterator[None]:
         for one in numbers:
             signal.signal(one, at_once)
         stop.because(f"{signal.Signals(number).name} was received")
+        if not people:
+            return
         with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
             os.write(2, b"stopping: images on their way are finished first; signal again to stop at once\n")
 

@@ -5,6 +5,7 @@ SupirBatchError
 ├── StoreError         a URI cannot be listed, read or written
 │   └── TransientStoreError   ... and trying again can help
 ├── LeaseError         another run is writing to the same output (exit 5)
+├── ClusterError       a Ray cluster cannot be reached, or does not take a job
 ├── EngineError        the engine or the captioner cannot be loaded, so no image can be restored; ends the run
 └── ImageError         one image cannot be read, restored or written; becomes a failed outcome
 """
@@ -41,6 +42,12 @@ class LeaseError(SupirBatchError):
     """Another run is writing to the same output; this one has not begun."""
 
     kind = "lease"
+
+
+class ClusterError(SupirBatchError):
+    """A Ray cluster cannot be reached, or does not take a job; nothing has been done."""
+
+    kind = "cluster"
 
 
 class EngineError(SupirBatchError):

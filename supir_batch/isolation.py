@@ -49,12 +49,13 @@ class Begun:
     """The ledger's answer to a stage that wants to begin with some items.
 
     ``opened``: it may, with all of them; otherwise one after the other. ``again``: some of them were begun before in
-    this run. ``deaths``: the workers that died in each of them.
+    this run. ``deaths``: the workers that died in each of them. ``lost``: how many of them were begun and not ended.
     """
 
     opened: bool
     again: bool
     deaths: tuple[tuple[Worker, ...], ...]
+    lost: int = 0
 
 
 class Ledger(Protocol):
@@ -83,8 +84,10 @@ class Book:
     def begin(self, stage: str, items: Sequence[Item], worker: Worker) -> Begun:
         """See :class:`Begun`. Several items open only together, and only if no worker died in any of them."""
         known = [self._entries.get(image, {}).get((stage, tile)) for image, tile in items]
+        lost = 0
         for entry in known:
             if entry is not None and entry.open_in is not None:
+                lost += 1
                 if not self.is_lost(entry.open_in.node):
                     entry.deaths += (entry.open_in,)
                 entry.open_in = None
@@ -93,7 +96,7 @@ class Book:
         if opened:
             for image, tile in items:
                 self._entries.setdefault(image, {}).setdefault((stage, tile), _Entry()).open_in = worker
-        return Begun(opened, any(entry is not None for entry in known), deaths)
+        return Begun(opened, any(entry is not None for entry in known), deaths, lost)
 
     def end(self, stage: str, items: Sequence[Item]) -> None:
         """The items were done with; one that is not known was retired meanwhile."""

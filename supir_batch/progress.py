@@ -120,9 +120,13 @@ class LineProgress:
         if row["status"] == "failed":
             print(f"failed: {row['failure_message']}", file=sys.stderr, flush=True)
 
+    def say(self) -> None:
+        """Tell how far the run is."""
+        print(self._tally.line(), file=sys.stderr, flush=True)
+
     def _tick(self) -> None:
         while not self._over.wait(self._seconds):
-            print(self._tally.line(), file=sys.stderr, flush=True)
+            self.say()
 
 
 def duration(seconds: float) -> str:

@@ -397,14 +397,26 @@ class Runtime(_Section):
     """Where and how wide the work runs; never decides what an output looks like."""
 
     actors: int = Field(default=1, ge=1, le=4096, description="Restoring workers; each loads the model once.")
+    max_actors: int | None = Field(
+        default=None, ge=1, le=4096, description="Up to so many restoring workers while work waits; left out: actors."
+    )
     cpus: int | None = Field(default=None, ge=1, le=65_536, description="CPU cores a local Ray may use; left out: all.")
     gpus_per_actor: float = Field(
         default=0.0, ge=0, le=16, description="GPUs of one restoring worker; fractions share one."
     )
+    accelerator: str | None = Field(
+        default=None, min_length=1, description="Kind of card for restoring workers, such as H100; left out: any."
+    )
     batch: int = Field(default=1, ge=1, le=256, description="Tiles restored at once by one worker.")
     caption_actors: int = Field(default=1, ge=1, le=4096, description="Captioning workers.")
+    max_caption_actors: int | None = Field(
+        default=None, ge=1, le=4096, description="Up to so many while images wait; left out: caption_actors."
+    )
     caption_gpus_per_actor: float | None = Field(
         default=None, ge=0, le=16, description="GPUs of one captioning worker; left out: it halves gpus_per_actor."
+    )
+    caption_accelerator: str | None = Field(
+        default=None, min_length=1, description="Kind of card for captioning workers, such as L4; left out: any."
     )
     caption_batch: int = Field(default=1, ge=1, le=256, description="Images captioned at once by one worker.")
     address: str | None = Field(default=None, description="Address of a Ray cluster; left out: a local Ray.")
@@ -420,6 +432,16 @@ class Runtime(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA where a worker has it, else CPU."
     )
+
+    @model_validator(mode="after")
+    def _pools_grow(self) -> Runtime:
+        for least, most in (("actors", "max_actors"), ("caption_actors", "max_caption_actors")):
+            limit = getattr(self, most)
+            if limit is not None and limit < getattr(self, least):
+                raise ValueError(
+                    f"{most}: {limit} is less than {least}, {getattr(self, least)}; raise it or leave it out"
+                )
+        return self
 
 
 class Manifest(_Section):
@@ -747,6 +769,12 @@ def _hint(word: str, known: Iterable[str]) -> str:
 def _shown(value: object) -> str:
     text = "nothing" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def to_yaml(manifest: Manifest) -> str:
+    """The manifest with what environment and flags laid over it, and every place absolute: for another machine."""
+    given = manifest.model_dump(mode="json", exclude_unset=True)
+    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
 
 
 # --- resolving -----------------------------------------------------------------------------------------------------

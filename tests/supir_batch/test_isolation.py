@@ -46,18 +46,18 @@ def test_what_ends_in_order_is_begun_together_and_leaves_no_mark(book: Book) -> 
 def test_what_died_in_company_is_tried_alone_and_twice_at_most(book: Book) -> None:
     first, second = Worker("here", 1), Worker("here", 2)
     book.begin("decode", [A, B], first)
-    assert book.begin("decode", [A, B], second) == Begun(False, True, ((first,), (first,)))
+    assert book.begin("decode", [A, B], second) == Begun(False, True, ((first,), (first,)), lost=2)
     assert book.begin("decode", [A], second).opened
     book.end("decode", [A])
     assert book.begin("decode", [B], second).opened
-    assert book.begin("decode", [A, B], first) == Begun(False, True, ((first,), (first, second)))
+    assert book.begin("decode", [A, B], first) == Begun(False, True, ((first,), (first, second)), lost=1)
     assert not book.begin("decode", [B], first).opened
     assert book.begin("restore", [B], first).opened, "a stage says nothing about another"
 
 
 def test_a_lost_node_is_nobodys_fault(book: Book) -> None:
     book.begin("restore", [A], Worker("lost", 1))
-    assert book.begin("restore", [A], Worker("here", 2)) == Begun(True, True, ((),))
+    assert book.begin("restore", [A], Worker("here", 2)) == Begun(True, True, ((),), lost=1)
 
 
 def test_an_image_that_came_to_its_end_is_forgotten(book: Book) -> None:
