@@ -45,9 +45,10 @@ class LeaseError(SupirBatchError):
 
 
 class ClusterError(SupirBatchError):
-    """A Ray cluster cannot be reached, or does not take a job; nothing has been done."""
+    """A Ray cluster cannot be reached, or does not take a job; trying again can help."""
 
     kind = "cluster"
+    retryable = True
 
 
 class EngineError(SupirBatchError):

@@ -426,8 +426,8 @@ def _ray(runtime: Runtime, verbose: bool) -> Iterator[None]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # threads of several workers share the cores; spinning ones would take them from each other
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Ray's C++ side reports harmless things as errors on stderr
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if not verbose:  # Ray's C++ side reports harmless things as errors on stderr
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     handler = signal.getsignal(signal.SIGTERM)
     held = contextlib.nullcontext() if verbose else _stderr_only_on_failure()
     with held, contextlib.redirect_stdout(sys.stderr):  # ... and that its log level was set

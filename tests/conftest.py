@@ -10,7 +10,7 @@ import pytest
 
 from tests.servers.swift import S3Server, swift_server
 
-_BESIDE_REPOSITORY = Path(__file__).parents[2] / "shared" / "vectors"
+_SHARED = Path(__file__).parents[2] / "shared"  # beside the repository
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,9 +18,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--vectors",
         type=Path,
-        default=_BESIDE_REPOSITORY,
+        default=_SHARED / "vectors",
         metavar="DIR",
         help="numbers recorded from the released SUPIR program (default: shared/vectors beside the repository)",
+    )
+    group.addoption(
+        "--kuberay-crds",
+        type=Path,
+        default=_SHARED / "kuberay",
+        metavar="DIR",
+        help="KubeRay's ray.io_rayjobs.yaml and ray.io_rayclusters.yaml, from its helm-chart/kuberay-operator/crds "
+        "(default: shared/kuberay beside the repository)",
     )
     group.addoption(
         "--parity-table", type=Path, metavar="FILE", help="write the largest measured differences as a Markdown table"

@@ -39,7 +39,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def with_captions(monkeypatch: pytest.MonkeyPatch, work: Callable[[Sequence[Job], OnRow], None]) -> None:
     module = types.ModuleType("supir_batch.pipeline")
-    module.caption = lambda jobs, runtime, on_row, run_id, stop: work(jobs, on_row)  # type: ignore[attr-defined]
+    module.caption = lambda jobs, runtime, listener, run_id, stop: work(jobs, listener.on_row)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "supir_batch.pipeline", module)
     monkeypatch.setattr("supir_batch.pipeline", module, raising=False)
 
