@@ -126,7 +126,12 @@ def run(
             _complain(summary.error, debug)
         again = ["supir-batch", "run", manifest]
         again += [word for override in overrides or [] for word in ("--set", override)]
-        flags = {"--limit": limit, "--max-failures": max_failures, "--max-duration": max_duration}
+        flags = {
+            "--limit": limit,
+            "--max-failures": max_failures,
+            "--max-duration": max_duration,
+            "--log-json": log_json,
+        }
         again += [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
         if as_json:
             typer.echo(json.dumps(_summary_data(summary)))

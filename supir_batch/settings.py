@@ -439,7 +439,7 @@ class Runtime(_Section):
             limit = getattr(self, most)
             if limit is not None and limit < getattr(self, least):
                 raise ValueError(
-                    f"{most}: {limit} is less than {least}, {getattr(self, least)}; raise it or leave it out"
+                    f"{most} {limit} is less than {least} {getattr(self, least)}; raise it or leave it out"
                 )
         return self
 
@@ -774,7 +774,7 @@ def _shown(value: object) -> str:
 def to_yaml(manifest: Manifest) -> str:
     """The manifest with what environment and flags laid over it, and every place absolute: for another machine."""
     given = manifest.model_dump(mode="json", exclude_unset=True)
-    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+    return json.dumps(given, indent=2, ensure_ascii=False) + "\n"  # is YAML, and no word in it becomes a number
 
 
 # --- resolving -----------------------------------------------------------------------------------------------------

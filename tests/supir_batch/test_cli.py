@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from supir_batch import __version__, driver, runlog, store
 from supir_batch.cli import app
-from supir_batch.errors import TransientStoreError
+from supir_batch.errors import EngineError, LeaseError, TransientStoreError
 from supir_batch.types import Job, Outcome, TileTicket
 from supir_model.config import TINY
 
@@ -59,7 +59,7 @@ def all_done(jobs: Sequence[Job], on_row: OnRow, run_id: str) -> None:
 def test_version_and_help() -> None:
     assert cli("--version").stdout.strip() == f"supir-batch {__version__}"
     text = cli("--help").stdout
-    for command in ("run", "plan", "status", "show-config", "report", "Exit codes"):
+    for command in ("run", "submit", "plan", "status", "show-config", "report", "Exit codes"):
         assert command in text
 
 
@@ -71,13 +71,16 @@ def test_version_and_help() -> None:
         (["plan", "{m}", "--set", "engine"], "error: --set engine: has no '='"),
         (["status", "{d}/nothing"], "holds no run log"),
         (["run", "{m}", "--limit", "0"], "Invalid value for '--limit'"),
+        (["run", "{m}", "--log-json", "{d}"], "error: --log-json {d}: cannot be written: Is a directory"),
+        (["submit", "{m}"], "Missing option '--address'"),
+        (["submit", "{m}", "--address", "http://h:1", "--limit", "x"], "Invalid value for '--limit'"),
         (["run"], "Missing argument"),
     ],
 )
 def test_usage_and_manifest_errors_are_one_line_and_exit_2(archive: Path, arguments: list[str], message: str) -> None:
     result = cli(*(word.format(m=archive / "m.yaml", d=archive) for word in arguments))
     assert result.exit_code == 2
-    assert message in result.stderr
+    assert message.format(m=archive / "m.yaml", d=archive) in result.stderr
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
 
@@ -125,6 +128,46 @@ def test_run_then_run_again(archive: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (again["done"], again["skipped"], again["log"], again["exit_code"]) == (0, 2, None, 0)
     changed = cli("run", manifest)
     assert "2 again, settings changed: upscale: 2 -> 1" in changed.stderr
+
+
+def test_events_as_json_lines_beside_words_or_in_place_of_them(
+    archive: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with_pipeline(monkeypatch, all_done)
+    (archive / "in" / "empty.jpg").write_bytes(b"")
+    manifest, log = str(archive / "m.yaml"), archive / "events.jsonl"
+    result = cli("run", manifest, "--log-json", str(log), "--limit", "1", "--max-failures", "0")
+    assert result.exit_code == 4
+    assert "2 to do" in result.stderr
+    assert "failed: " in result.stderr
+    assert f"--log-json {log}" in result.stdout, "the next command is this one"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["event"] for line in lines if line["event"] != "drain"] == ["start", "lease", "image", "image", "end"]
+    assert {line["level"] for line in lines if line["event"] == "image"} == {"info", "error"}
+    assert (lines[-1]["left"], lines[-1]["exit_code"]) == (1, 4)
+    assert len({line["run_id"] for line in lines}) == 1
+
+    capfd.readouterr()
+    again = cli("run", manifest, "--log-json", "-", "--json")
+    assert (again.exit_code, again.stderr) == (3, "")
+    events = [json.loads(line)["event"] for line in capfd.readouterr().err.splitlines()]
+    assert (events[0], events[-1], events.count("image")) == ("start", "end", 2)
+
+
+def test_what_stops_a_run_is_an_event(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(jobs: Sequence[Job], on_row: OnRow, run_id: str) -> None:
+        raise EngineError("the weights are gone")
+
+    with_pipeline(monkeypatch, breaks)
+    log = archive / "events.jsonl"
+    assert cli("run", str(archive / "m.yaml"), "--log-json", str(log)).exit_code == 4
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(line["event"], line["message"]) for line in lines[2:3]] == [("error", "the weights are gone")]
+
+    monkeypatch.setattr(driver.lease, "held", lambda *held: (_ for _ in ()).throw(LeaseError("run x is writing here")))
+    assert cli("run", str(archive / "m.yaml"), "--log-json", str(log)).exit_code == 5
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert (last["event"], last["message"]) == ("error", "run x is writing here")
 
 
 def test_failures_are_logged_counted_and_exit_3(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from supir_batch.settings import (
     load_manifest,
     resolve,
     settings_hash,
+    to_yaml,
 )
 from supir_batch.types import Settings, Source
 from supir_model.config import MODELS
@@ -62,6 +63,19 @@ def test_paths_in_flags_count_from_the_current_folder(tmp_path: Path, monkeypatc
     manifest = load(tmp_path, MINIMAL, {"output.uri": "out"}, SUPIR_BATCH__INPUTS="in")
     assert manifest.output.uri == str(tmp_path / "here" / "out")
     assert manifest.inputs == (str(tmp_path / "here" / "in"),)
+
+
+def test_a_manifest_for_another_machine_means_the_same_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "inputs: [photos, s3://b/k]\noutput: {uri: out}\nname: '1e-3'\nengine: {steps: 7, restoration_tau: 'off'}\n"
+    manifest = load(tmp_path, text, {"runtime.max_actors": "4"}, SUPIR_BATCH__ENGINE__UPSCALE="2")
+    there = tmp_path / "elsewhere"
+    there.mkdir()
+    sent = to_yaml(manifest)
+    assert load(there, sent).model_dump() == manifest.model_dump()
+    assert manifest.engine.steps == 7
+    assert manifest.name == "1e-3"
+    assert "batch" not in sent, "what was left out stays so"
 
 
 def test_a_folder_with_brackets_is_not_a_pattern(tmp_path: Path) -> None:
