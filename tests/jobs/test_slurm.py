@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,21 +50,29 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def start(path: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+@contextmanager
+def job(path: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """The batch script at work; whatever it leaves is ended with the body."""
     command = ["bash", str(SCRIPT), str(path), "--max-failures", "50%"]
-    return subprocess.Popen(
+    started = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
+    try:
+        yield started
+    finally:
+        for pid in left_of(started.pid):
+            os.kill(pid, signal.SIGKILL)
+        started.communicate()
 
 
-def left_of(session: int) -> list[str]:
+def left_of(session: int) -> dict[int, str]:
     """Processes of a session that are still there."""
-    found = []
+    found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             fields = (path / "stat").read_text().rpartition(")")[2].split()
             if int(fields[3]) == session and fields[0] != "Z":
-                found.append((path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:100])
+                found[int(path.name)] = (path / "cmdline").read_text(errors="replace").replace("\0", " ")[:100]
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
@@ -74,15 +84,15 @@ def test_a_night_on_two_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
     for i in range(4):
         photograph(tmp_path / f"in/{i}.png", 64, 48, seed=i)
     path = manifest(tmp_path, engine={"name": "lanczos", "upscale": 2})
-    job = start(path, slurm)
-    told, said = job.communicate(timeout=300)
-    assert job.returncode == 0, said
+    with job(path, slurm) as started:
+        told, said = started.communicate(timeout=300)
+        wait_for(lambda: not left_of(started.pid), 30, lambda: str(left_of(started.pid)))
+    assert started.returncode == 0, said
     assert json.loads(told.splitlines()[-1])["done"] == 4
     assert len(images(tmp_path / "out")) == 4
     head, worker = (tmp_path / "srun.txt").read_text().splitlines()
     assert "ray start --head" in head
     assert f"ray start --address=localhost:{20000 + int(slurm['SLURM_JOB_ID'])}" in worker
-    wait_for(lambda: not left_of(job.pid), 30, lambda: str(left_of(job.pid)))
 
 
 @pytest.mark.slow
@@ -90,22 +100,22 @@ def test_a_job_that_is_ended_early_drains(slurm: dict[str, str], tmp_path: Path)
     (tmp_path / "in").mkdir()
     for i in range(40):
         photograph(tmp_path / f"in/{i:02d}.png", 400, 300, seed=i)
-    path = manifest(tmp_path, engine={"name": "lanczos", "upscale": 2}, runtime={"images_in_flight": 4})
-    job = start(path, slurm)
-    wait_for(lambda: job.poll() is not None or ((tmp_path / "out").exists() and images(tmp_path / "out")), 240)
-    job.send_signal(signal.SIGTERM)  # to the script alone, as --signal=B: does
-    _, said = job.communicate(timeout=300)
-    assert job.returncode == 4, said
+    path, out = manifest(tmp_path, engine={"name": "lanczos", "upscale": 2}, runtime={"images_in_flight": 4}), "out"
+    with job(path, slurm) as started:
+        wait_for(lambda: started.poll() is not None or ((tmp_path / out).exists() and images(tmp_path / out)), 240)
+        started.send_signal(signal.SIGTERM)  # to the script alone, as --signal=B: does
+        _, said = started.communicate(timeout=300)
+        wait_for(lambda: not left_of(started.pid), 30, lambda: str(left_of(started.pid)))
+    assert started.returncode == 4, said
     events = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     assert "SIGTERM was received" in next(event for event in events if event["event"] == "drain")["message"]
-    done = [row["id"] for row in log_rows(tmp_path / "out") if row["status"] == "done"]
-    assert len(done) == len(set(done)) == len(images(tmp_path / "out")) < 40
-    wait_for(lambda: not left_of(job.pid), 30, lambda: str(left_of(job.pid)))
+    done = [row["id"] for row in log_rows(tmp_path / out) if row["status"] == "done"]
+    assert len(done) == len(set(done)) == len(images(tmp_path / out)) < 40
 
 
 def test_a_job_with_too_little_time_says_so(slurm: dict[str, str], tmp_path: Path) -> None:
-    job = start(manifest(tmp_path), slurm | {"SLURM_JOB_END_TIME": str(int(time.time()) + 60)})
-    _, said = job.communicate(timeout=60)
-    assert job.returncode == 2
+    with job(manifest(tmp_path), slurm | {"SLURM_JOB_END_TIME": str(int(time.time()) + 60)}) as started:
+        _, said = started.communicate(timeout=60)
+    assert started.returncode == 2
     assert "less than 900 s are left" in said
     assert not (tmp_path / "srun.txt").exists()
