@@ -38,7 +38,7 @@ TONED_RESIDUAL, TONED_WORST = 3.0, 12.0
 
 _NODES = 33  # of a tone curve, evenly spaced over L* = 0 .. 100
 _SMOOTHNESS = 0.02  # weight of a curve's second differences against the mean square residual
-_LUMA = np.array([0.2126, 0.7152, 0.0722])  # BT.709
+_LUMA_RED, _LUMA_BLUE = np.float32(0.2126), np.float32(0.0722)  # BT.709
 _D65 = np.array([0.95047, 1.0, 1.08883])
 _RGB_TO_XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
@@ -93,11 +93,11 @@ def from_srgb(pixels: FloatImage, icc: bytes | None, bands: int) -> FloatImage:
     One band is the luma of the three. Raises ImageError ``bad-profile``.
     """
     if bands == 1:
-        grey: NDArray[np.float64] = luma(pixels)
+        grey = luma(pixels)
         if icc is not None:
             levels, curve = _grey_curve(icc)
-            grey = np.asarray(np.interp(grey, curve, levels), dtype=np.float64)
-        return np.clip(grey, 0.0, 1.0).astype(np.float32)[..., None]
+            grey = np.interp(grey, curve, levels).astype(np.float32)
+        return np.clip(grey, 0.0, 1.0)[..., None]
     if icc is None:
         return pixels
     return np.clip(_transform(pixels, _srgb(), icc, 3, 3), 0.0, 1.0)
@@ -126,10 +126,12 @@ def exceeds_srgb(icc: bytes | None, bands: int) -> bool:
     return bool(np.abs(lost_in_srgb(lattice, to_srgb(lattice, icc), icc)).max() > _LEAST_LOSS)
 
 
-def luma(pixels: FloatImage) -> NDArray[np.float64]:
+def luma(pixels: FloatImage) -> NDArray[np.float32]:
     """BT.709 luma [h, w] of [h, w, 3] gamma-encoded RGB; exactly the common value where the three agree."""
-    grey: NDArray[np.float64] = pixels.astype(np.float64) @ _LUMA
-    return np.where((pixels[..., 0] == pixels[..., 1]) & (pixels[..., 1] == pixels[..., 2]), pixels[..., 0], grey)
+    red, green, blue = (pixels[..., band] for band in range(3))
+    # the weights add up to 1
+    grey: NDArray[np.float32] = green + _LUMA_RED * (red - green) + _LUMA_BLUE * (blue - green)
+    return grey
 
 
 def measure_tone(reduced: FloatImage) -> Tone:
@@ -152,7 +154,7 @@ def apply_tone(pixels: FloatImage, tone: Tone) -> FloatImage:
     if tone.kind == "color":
         return pixels
     if tone.kind == "neutral":
-        return np.repeat(luma(pixels).astype(np.float32)[..., None], 3, axis=2)
+        return np.repeat(luma(pixels)[..., None], 3, axis=2)
     curve = np.array(tone.curve)
     result = np.empty_like(pixels)
     for rows in _strips(pixels):

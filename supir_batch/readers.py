@@ -21,6 +21,7 @@ from supir_batch.levels import Levels, spread
 from supir_batch.types import FloatImage
 
 _STRIP_ROWS = 256  # of which blocks are averaged at once
+_ALL = slice(None)
 
 # how the readers word that a file ends too early
 _CUT_SHORT = re.compile(
@@ -54,20 +55,16 @@ class Raster:
         Alpha is left out, or the image laid ``over_white`` before anything is averaged.
         """
         height, width = self.levels.shape[:2]
-        side = max(height, width)
-        block = max(1, side // (2 * longer_side))  # means of blocks first: they fit into memory as floats
-        rows, columns = _bounds(height, block), _bounds(width, block)
-        step = max(1, _STRIP_ROWS // block)
+        block = resample.block_of(width, height, longer_side)  # means of blocks fit into memory as floats
+        step = max(1, _STRIP_ROWS // block) * block
         strips = []
-        for first in range(0, len(rows) - 1, step):
-            here = rows[first : first + step + 1]
-            part, alpha = self.floats(slice(here[0], here[-1]), slice(None))
+        for top in range(0, height, step):
+            part, alpha = self.floats(slice(top, top + step), _ALL)
             if over_white and alpha.size:
                 part = part * alpha + (1 - alpha)
-            strips.append(_means(_means(part, here - here[0], 0), columns, 1))
+            strips.append(resample.block_means(part, block))
         pixels = color.to_srgb(np.concatenate(strips), self.icc)
-        factor = min(1.0, longer_side / side)
-        return resample.resize(pixels, max(1, round(width * factor)), max(1, round(height * factor)))
+        return resample.from_blocks(pixels, block, width, height, longer_side)
 
 
 def read(path: Path, header: probe.Header) -> Raster:
@@ -165,20 +162,6 @@ def _unshifted(levels: Levels, header: probe.Header) -> Levels:
 def _damaged(seen: str) -> ImageError:
     kind = "truncated" if _CUT_SHORT.search(seen) else "damaged"
     return ImageError(kind, f"its pixels cannot be decoded ({seen}); get a whole copy of the file")
-
-
-def _bounds(length: int, block: int) -> NDArray[np.int64]:
-    """Where parts of at most ``block`` positions begin, and the last one ends: as few as can be, all but equal."""
-    count = -(-length // block)
-    return np.arange(count + 1, dtype=np.int64) * length // count
-
-
-def _means(pixels: FloatImage, bounds: NDArray[np.int64], axis: int) -> FloatImage:
-    """Means of the parts of an axis between ``bounds``."""
-    shape = [-1 if place == axis else 1 for place in range(pixels.ndim)]
-    counts: FloatImage = np.diff(bounds).astype(np.float32).reshape(shape)
-    sums: FloatImage = np.add.reduceat(pixels, bounds[:-1], axis=axis)
-    return sums / counts
 
 
 def _raster(levels: NDArray[Any], header: probe.Header, icc: bytes | None, notes: tuple[str, ...] = ()) -> Raster:
