@@ -91,9 +91,9 @@ def needs_bigtiff(width: int, height: int, bands: int, bit_depth: int) -> bool:
 
 def quantize(pixels: NDArray[np.float32], bit_depth: Literal[8, 16]) -> NDArray[np.unsignedinteger[Any]]:
     """Round [0, 1] floats of any shape to the nearest of 2^bit_depth levels; what lies outside is clipped."""
-    top = 2**bit_depth - 1
     # float64: in float32 a 16-bit level plus 0.5 has no bits left to round correctly
-    levels = np.rint(np.clip(pixels.astype(np.float64), 0.0, 1.0) * top)
+    levels: NDArray[np.floating[Any]] = pixels * np.float32(255) if bit_depth == 8 else pixels * np.float64(65535)
+    np.rint(np.clip(levels, 0.0, 2**bit_depth - 1, out=levels), out=levels)
     rounded: NDArray[np.unsignedinteger[Any]] = levels.astype(np.uint8 if bit_depth == 8 else np.uint16)
     return rounded
 
@@ -111,30 +111,36 @@ def encode(pixels: FloatImage, alpha: NDArray[np.float32], path: Path, spec: Fil
 def encode_strips(strips: Iterable[FloatImage], height: int, path: Path, spec: FileSpec) -> None:
     """``encode`` for an image that comes from top to bottom, in strips [rows, w, bands, and one for alpha].
 
-    Little more than one strip is in memory: the samples wait in an uncompressed TIFF beside ``path``, from which
-    libvips streams; a file of bare samples it would map into memory as a whole. Only the codec of JPEG 2000 takes the
-    image whole.
+    Of an image of several strips little more than one is in memory: the samples wait in an uncompressed TIFF beside
+    ``path``, from which libvips streams; a file of bare samples it would map into memory as a whole. Only the codec of
+    JPEG 2000 takes the image whole.
     """
-    waiting = path.with_name(f"{path.name}.samples")
     kept = (_without_alpha(strip) if spec.format == "jpeg" else strip for strip in strips)
     levels = (quantize(strip, spec.bit_depth) for strip in kept)
+    first = next(levels)
+    if len(first) == height:
+        _save(_interpreted(pyvips.Image.new_from_array(first), spec), path, spec)
+        return
+    waiting = path.with_name(f"{path.name}.samples")
     try:
-        channels = _store_samples(levels, height, waiting)
+        _store_samples(itertools.chain([first], levels), height, waiting)
         image = pyvips.Image.tiffload(str(waiting), access="sequential", fail_on="warning")
-        deep = spec.bit_depth == 16
-        grey = channels <= 2
-        interpretation = ("grey16" if deep else "b-w") if grey else ("rgb16" if deep else "srgb")
-        _save(image.copy(interpretation=interpretation), path, spec)
+        _save(_interpreted(image, spec), path, spec)
     finally:
         waiting.unlink(missing_ok=True)
+
+
+def _interpreted(image: pyvips.Image, spec: FileSpec) -> pyvips.Image:
+    deep, grey = spec.bit_depth == 16, image.bands <= 2
+    return image.copy(interpretation=("grey16" if deep else "b-w") if grey else ("rgb16" if deep else "srgb"))
 
 
 def _without_alpha(strip: FloatImage) -> FloatImage:
     return strip[..., : 1 if strip.shape[2] <= 2 else 3]
 
 
-def _store_samples(strips: Iterable[NDArray[np.unsignedinteger[Any]]], height: int, path: Path) -> int:
-    """Write strips [rows, w, C] as an uncompressed TIFF of height rows; returns C."""
+def _store_samples(strips: Iterable[NDArray[np.unsignedinteger[Any]]], height: int, path: Path) -> None:
+    """Write strips [rows, w, C] as an uncompressed TIFF of height rows."""
     rest = iter(strips)
     first = next(rest)
     width, channels = int(first.shape[1]), int(first.shape[2])
@@ -150,7 +156,6 @@ def _store_samples(strips: Iterable[NDArray[np.unsignedinteger[Any]]], height: i
             rowsperstrip=_STRIP_ROWS,
             metadata=None,
         )
-    return channels
 
 
 def _evened(strips: Iterable[NDArray[np.unsignedinteger[Any]]]) -> Iterator[NDArray[np.unsignedinteger[Any]]]:
