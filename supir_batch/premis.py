@@ -68,8 +68,7 @@ def document(record: Mapping[str, Any]) -> bytes:
     for agent in agents:
         _agent(root, agent)
     ET.indent(root)
-    xml: bytes = ET.tostring(root, encoding="UTF-8", xml_declaration=True)
-    return xml + b"\n"
+    return f"<?xml version='1.0' encoding='UTF-8'?>\n{ET.tostring(root, encoding='unicode')}\n".encode()
 
 
 # --- what is told --------------------------------------------------------------------------------------------------
