@@ -30,6 +30,9 @@ from numpy.typing import NDArray
 from supir_batch.errors import ImageError
 from supir_batch.types import FloatImage
 
+LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
+"""Weights of red, green and blue in luma (BT.709); they add up to 1."""
+
 TONE_SIZE = 128
 """Longer side, in pixels, to which an image is reduced before its tone is judged."""
 
@@ -38,7 +41,6 @@ TONED_RESIDUAL, TONED_WORST = 3.0, 12.0
 
 _NODES = 33  # of a tone curve, evenly spaced over L* = 0 .. 100
 _SMOOTHNESS = 0.02  # weight of a curve's second differences against the mean square residual
-_LUMA_RED, _LUMA_BLUE = np.float32(0.2126), np.float32(0.0722)  # BT.709
 _D65 = np.array([0.95047, 1.0, 1.08883])
 _RGB_TO_XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
@@ -129,8 +131,7 @@ def exceeds_srgb(icc: bytes | None, bands: int) -> bool:
 def luma(pixels: FloatImage) -> NDArray[np.float32]:
     """BT.709 luma [h, w] of [h, w, 3] gamma-encoded RGB; exactly the common value where the three agree."""
     red, green, blue = (pixels[..., band] for band in range(3))
-    # the weights add up to 1
-    grey: NDArray[np.float32] = green + _LUMA_RED * (red - green) + _LUMA_BLUE * (blue - green)
+    grey: NDArray[np.float32] = green + LUMA[0] * (red - green) + LUMA[2] * (blue - green)
     return grey
 
 

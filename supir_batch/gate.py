@@ -45,7 +45,7 @@ def measure(before: FloatImage, after: FloatImage, tone: color.Tone) -> GateScor
         finite=True,
         color_drift=float(drift),
         similarity=_similarity(*(color.luma(image) for image in small)),
-        dead=_dead(color.luma(before), color.luma(toned)),
+        dead=_dead(before @ color.LUMA, toned @ color.LUMA),
     )
 
 
