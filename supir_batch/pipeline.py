@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]  # of the run log
 
-BLOCK_BYTES = 16 * 2**20  # several small tiles in a block, because every block costs Ray some milliseconds per stage
+BLOCK_BYTES = 64 * 2**20  # a large tile, or as many small ones: every block costs Ray some milliseconds per stage
 _FED_TOGETHER = 16  # images, at most
 _PASSES = 3
 _STOP_WAIT_S = 1800
@@ -426,6 +426,12 @@ def _ray(runtime: Runtime, verbose: bool) -> Iterator[None]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # threads of several workers share the cores; spinning ones would take them from each other
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("VIPS_CONCURRENCY", "1")
+    # glibc would give every array of some megabytes back to the system, and pay for each of its pages again
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 * 2**20))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(128 * 2**20))
+    # Ray ends workers that wait for a second, and the next ones import for seconds what those had
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
     if not verbose:  # Ray's C++ side reports harmless things as errors on stderr
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     handler = signal.getsignal(signal.SIGTERM)
