@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
+from numpy.lib import format as npy
 
 from supir_batch import store
 from supir_batch.types import FloatImage, GateScores, Job, TileBox, TileTicket
@@ -66,10 +69,28 @@ def read(job: Job, fingerprint: str, count: int) -> list[Part]:
     return found
 
 
-def pixels(job: Job, fingerprint: str, box: TileBox) -> FloatImage:
-    """The pixels of a tile [h, w, C]. Raises StoreError if they are gone."""
-    found: FloatImage = np.load(io.BytesIO(store.read_bytes(uri(job, fingerprint, box.index))), allow_pickle=False)
-    return found
+class Kept:
+    """The pixels [h, w, C] of a tile in a local file, of which rows are read as they are asked for."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        read_header = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}[npy.read_magic(stream)[0]]
+        self.shape, _, self._type = read_header(stream)
+        self._start, self._row_bytes = stream.tell(), self.shape[1] * self.shape[2] * self._type.itemsize
+
+    def __getitem__(self, rows: slice) -> FloatImage:
+        top, end, _ = rows.indices(self.shape[0])
+        self._stream.seek(self._start + top * self._row_bytes)
+        found = np.frombuffer(self._stream.read((end - top) * self._row_bytes), self._type)
+        return found.reshape(end - top, *self.shape[1:])
+
+
+@contextmanager
+def pixels(job: Job, fingerprint: str, box: TileBox) -> Iterator[Kept]:
+    """The pixels of a tile, to be read while the context lasts. Raises StoreError if they are gone."""
+    place = uri(job, fingerprint, box.index)
+    with store.local_copy(place) as path, store.open_read(str(path)) as stream:
+        yield Kept(stream)
 
 
 def remove(job: Job, fingerprint: str, count: int) -> None:

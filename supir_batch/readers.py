@@ -6,7 +6,10 @@ own (jpeg2000.py), and HEIC needs the optional pillow-heif.
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +26,9 @@ from supir_batch.types import FloatImage
 _STRIP_ROWS = 256  # of which blocks are averaged at once
 _ALL = slice(None)
 
+STORED_BYTES = 2**28
+"""Raw size from which the samples of an image wait in a file, and not in memory, where libvips can stream them."""
+
 # how the readers word that a file ends too early
 _CUT_SHORT = re.compile(
     r"premature|truncat|unexpected end|end of file|read error|seek|EOF|got \d+ bytes|unable to parse|not enough"
@@ -31,14 +37,49 @@ _CUT_SHORT = re.compile(
 )
 
 
+class StoredLevels:
+    """Samples of a giant, upright, in a file that has no name; of [h, w, C] only the part that is asked for is read."""
+
+    def __init__(self, image: pyvips.Image, orientation: int) -> None:
+        """Let libvips write ``image`` row by row. Raises pyvips.Error for damage."""
+        self._file = tempfile.TemporaryFile(prefix="supir-batch-")  # noqa: SIM115 - open as long as this lives
+        weakref.finalize(self, self._file.close)
+        image.rawsave_target(pyvips.Target.new_to_descriptor(self._file.fileno()))
+        self.dtype = np.dtype(np.uint8 if image.format == "uchar" else np.uint16)
+        self._stored, self._orientation = (image.height, image.width, image.bands), orientation
+        # where each upright pixel is stored; views that take no memory
+        rows, columns = np.arange(image.height)[:, None], np.arange(image.width)[None]
+        both = np.broadcast_arrays(rows, columns)
+        self._rows, self._columns = (upright(places, orientation) for places in both)
+        self.shape = (*self._rows.shape, image.bands)
+
+    def __getitem__(self, part: tuple[slice, slice]) -> Levels:
+        top, end = _ends(self._rows[part])
+        left, right = _ends(self._columns[part])
+        _, width, bands = self._stored
+        found = np.empty((end - top, right - left, bands), self.dtype)
+        pixel = bands * self.dtype.itemsize
+        for row, into in zip(range(top, end), found, strict=True):
+            read = os.preadv(self._file.fileno(), [into], (row * width + left) * pixel)
+            if read != into.nbytes:
+                raise OSError(f"a temporary file of samples ends early, in row {row}; is the disk full?")
+        return upright(found, self._orientation)
+
+
+def _ends(places: NDArray[np.int64]) -> tuple[int, int]:
+    """The first of the places of a part, which run evenly, and the one behind the last."""
+    corners = int(places[0, 0]), int(places[-1, -1])
+    return min(corners), max(corners) + 1
+
+
 @dataclass(frozen=True)
 class Raster:
     """Pixels as read, upright: ``levels`` [h, w, bands, and one for alpha] uint8 or uint16.
 
-    A giant is held as stored; floats, four times as large with all that is made of them, are for parts of it.
+    A giant is held as stored, by ``StoredLevels`` outside of memory; floats are for parts of it.
     """
 
-    levels: Levels
+    levels: Levels | StoredLevels
     bands: int
     icc: bytes | None
     notes: tuple[str, ...]
@@ -113,6 +154,8 @@ def _read_vips(path: Path, header: probe.Header) -> Raster:
     icc = bytes(image.get("icc-profile-data")) if "icc-profile-data" in image.get_fields() else None
     if header.mode == "cmyk":
         image, icc = _cmyk_to_srgb(image, header), None
+    if header.raw_bytes >= STORED_BYTES and header.format != "avif":
+        return _raster(StoredLevels(image, header.orientation), header, icc)
     levels = image.numpy()
     if levels.ndim == 2:
         levels = levels[..., None]
@@ -164,10 +207,15 @@ def _damaged(seen: str) -> ImageError:
     return ImageError(kind, f"its pixels cannot be decoded ({seen}); get a whole copy of the file")
 
 
-def _raster(levels: NDArray[Any], header: probe.Header, icc: bytes | None, notes: tuple[str, ...] = ()) -> Raster:
-    """Integer samples [h, w, bands] as stored, checked, upright."""
+def _raster(
+    levels: NDArray[Any] | StoredLevels, header: probe.Header, icc: bytes | None, notes: tuple[str, ...] = ()
+) -> Raster:
+    """Integer samples [h, w, bands], checked, upright: an array is turned, as it is as stored."""
+    if not isinstance(levels, StoredLevels):
+        levels = upright(levels, header.orientation)
     bands = 1 if header.mode == "grey" else 3
-    meant = (header.height, header.width, bands + header.has_alpha)
+    size = (header.height, header.width) if header.orientation < 5 else (header.width, header.height)
+    meant = (*size, bands + header.has_alpha)
     if levels.shape != meant or levels.dtype != (np.uint8 if header.bit_depth == 8 else np.uint16):
         raise ImageError(
             "damaged", f"its pixels are {levels.shape} {levels.dtype}, its header said {meant}; get a whole copy"
@@ -179,7 +227,7 @@ def _raster(levels: NDArray[Any], header: probe.Header, icc: bytes | None, notes
         notes = (*notes, "palette colors were expanded to RGB")
     elif header.stored_bits < header.bit_depth:
         notes = (*notes, f"{header.stored_bits}-bit samples were expanded to {header.bit_depth} bits")
-    return Raster(upright(levels, header.orientation), bands, icc, notes)
+    return Raster(levels, bands, icc, notes)
 
 
 def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:

@@ -57,15 +57,17 @@ def plan_tiles(width: int, height: int, max_pixels: int, overlap: int, align: in
     )
 
 
-def feather(box: TileBox, size: tuple[int, int], overlap: int) -> NDArray[np.float32]:
+def feather(box: TileBox, size: tuple[int, int], overlap: int, rows: slice = slice(None)) -> NDArray[np.float32]:
     """Blending weights of a tile of an image of ``size`` (width, height): [height, width] float32 in (0, 1].
+
+    With ``rows``, of those only.
 
     1 inside and along the image's border, falling linearly over ``overlap`` pixels towards a neighbor. Weights of all
     tiles add up to 1 wherever a tile is at least twice as wide as the overlap; divide by their sum to be sure.
     """
     across = _ramp(box.x, box.width, size[0], overlap)
     down = _ramp(box.y, box.height, size[1], overlap)
-    return np.multiply.outer(down, across)
+    return np.multiply.outer(down[rows], across)
 
 
 # --- inside --------------------------------------------------------------------------------------------------------

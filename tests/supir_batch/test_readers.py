@@ -15,7 +15,7 @@ from PIL import Image
 
 from supir_batch.errors import ImageError
 from supir_batch.probe import probe
-from supir_batch.readers import Raster, read
+from supir_batch.readers import Raster, StoredLevels, read
 
 ZSTD = "libvips refused it: tiff2vips: ZSTD"
 HAS_HEIC = importlib.util.find_spec("pillow_heif") is not None
@@ -258,3 +258,22 @@ def test_nothing_is_left_out_of_a_reduced_image(height: int, width: int, longer_
     assert reduced.mean() == pytest.approx(levels.mean() / 65535, abs=0.07)
     assert (np.diff(reduced[..., 0], axis=0) > -1e-3).all()
     assert (np.diff(reduced[..., 0], axis=1) > -1e-3).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("bands", "kind"), [(1, np.uint8), (3, np.uint16), (4, np.uint8)])
+def test_a_giant_waits_outside_of_memory_and_is_the_same(
+    tmp_path: Path, orientation: int, bands: int, kind: type, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = rng.integers(0, np.iinfo(kind).max, (70, 45, bands)[: 3 if bands > 1 else 2], endpoint=True).astype(kind)
+    path = tmp_path / "a.tif"
+    extra = [("Orientation", 3, 1, orientation, False)]
+    tifffile.imwrite(path, levels, photometric="rgb" if bands > 1 else "minisblack", extratags=extra, tile=(16, 16))
+    here = _read(path).levels
+    monkeypatch.setattr("supir_batch.readers.STORED_BYTES", 0)
+    there = _read(path).levels
+    assert isinstance(here, np.ndarray)
+    assert isinstance(there, StoredLevels)
+    assert (there.shape, there.dtype) == (here.shape, here.dtype)
+    for rows, columns in ((slice(None), slice(None)), (slice(3, 20), slice(30, 31)), (slice(44, 99), slice(0, 40))):
+        np.testing.assert_array_equal(there[rows, columns], here[rows, columns])

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import numpy as np
 import pytest
 
@@ -48,22 +51,30 @@ def test_a_gap_or_a_wrong_shape_is_refused(rng: np.random.Generator) -> None:
         stitch([], 150, 150, 16)
 
 
-def test_an_image_comes_in_strips_and_each_tile_is_read_once(rng: np.random.Generator) -> None:
+def test_an_image_comes_in_strips_and_each_tile_is_opened_once(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("supir_batch.stitch._STRIP_PIXELS", 201 * 20)
     image = rng.random((150, 201, 4), dtype=np.float32)
     pixels = dict(_cut(image, 16))
-    read: list[TileBox] = []
+    opened: list[TileBox] = []
+    still_open: set[TileBox] = set()
 
-    def reading(box: TileBox) -> FloatImage:
-        read.append(box)
-        return pixels[box]
+    @contextmanager
+    def reading(box: TileBox) -> Iterator[FloatImage]:
+        opened.append(box)
+        still_open.add(box)
+        yield pixels[box]
+        still_open.remove(box)
 
     whole = Stitched(list(pixels), reading, 201, 150, 16)
-    top, rows = 0, 0
+    top = 0
     for strip in whole:
         np.testing.assert_allclose(strip, image[top : top + len(strip)], rtol=0, atol=2e-7)
-        top, rows = top + len(strip), rows + 1
-        assert len(read) == rows * len(pixels) // 2, "one row of tiles for each strip"
-    assert (top, rows, sorted(read, key=lambda box: box.index)) == (150, 2, list(pixels))
+        assert len(strip) <= 20
+        assert still_open == {box for box in pixels if box.y <= top < box.y + box.height}
+        top += len(strip)
+    assert (top, opened, still_open) == (150, list(pixels), set())
     assert whole.seam == 0
 
 
@@ -72,9 +83,10 @@ def test_the_seam_is_the_worst_difference_of_two_neighbors(odd: int, rng: np.ran
     image = rng.random((150, 201, 4), dtype=np.float32)
     pixels = {box: tile + np.float32(0.1 if box.index == odd else 0.001 * box.index) for box, tile in _cut(image, 16)}
     assert len(pixels) == 8
-    whole = Stitched(list(pixels), pixels.__getitem__, 201, 150, 16)
+    whole = Stitched(list(pixels), lambda box: nullcontext(pixels[box]), 201, 150, 16)
     list(whole)
     assert whole.seam == pytest.approx(0.1, abs=0.01)
-    apart = Stitched(list(dict(_cut(image, 0))), dict(_cut(image, 0)).__getitem__, 201, 150, 0)
+    pixels = dict(_cut(image, 0))
+    apart = Stitched(list(pixels), lambda box: nullcontext(pixels[box]), 201, 150, 0)
     list(apart)
     assert apart.seam == 0
