@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -32,6 +32,10 @@ class Engine(Protocol):
     def restore_again(self, ticket: TileTicket, tile: FloatImage) -> FloatImage | None:
         """Another attempt at a tile that went wrong, with the ticket's new seed; None if it could not differ."""
         ...
+
+
+LoadEngine = Callable[[ModelRef | None, Device], Engine]
+"""Gets an engine ready to work, in the process and on the device that it will work on."""
 
 
 class LanczosEngine:

@@ -38,6 +38,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from supir_batch import isolation, metrics
+from supir_batch.engine import LoadEngine, load_engine
 from supir_batch.errors import ClusterError, EngineError
 from supir_batch.events import Listener
 from supir_batch.isolation import Begun, Book, Guards, Item, Worker
@@ -68,14 +69,22 @@ _PASSES = 3
 _STOP_WAIT_S = 1800
 
 
-def run(jobs: Sequence[Job], runtime: Runtime, listener: Listener, run_id: str, stop: threading.Event) -> None:
+def run(
+    jobs: Sequence[Job],
+    runtime: Runtime,
+    listener: Listener,
+    run_id: str,
+    stop: threading.Event,
+    load: LoadEngine = load_engine,
+) -> None:
     """Do all jobs; the listener gets the run-log row (``runlog.SCHEMA``) of every image as it ends, in any order.
 
     An image gets a second row only if two writers committed it; the row that finished later is true. Once ``stop`` is
     set, images that are on their way are finished, and no others begun.
 
-    An exception raised by ``on_row`` stops the run; what was committed until then stays. Raises EngineError if the
-    engine or the captioner cannot be loaded, or if this machine, on its own, has no place for their workers.
+    ``load`` is called once in each restoring worker. An exception raised by ``on_row`` stops the run; what was
+    committed until then stays. Raises EngineError if the engine or the captioner cannot be loaded, or if this machine,
+    on its own, has no place for their workers.
     """
     captioned = any(wants_caption(job) for job in jobs)
     gpus = runtime.gpus_per_actor
@@ -84,7 +93,7 @@ def run(jobs: Sequence[Job], runtime: Runtime, listener: Listener, run_id: str, 
 
     def rows(todo: Sequence[Job], ledger: _Ledger) -> ray.data.Dataset:
         guards = Guards(ledger, run_id, runtime.deadline_seconds)
-        images = _images(todo, ledger)
+        images = _images(todo, runtime, ledger)
         if captioned:
             images = _captioned(images, todo, runtime, guards, restoring=True)
         tiles = images.map_batches(decode_stage, batch_size=None, fn_args=(guards,), num_cpus=0.5)
@@ -92,7 +101,7 @@ def run(jobs: Sequence[Job], runtime: Runtime, listener: Listener, run_id: str, 
             RestoreStage,
             compute=_pool(runtime.actors, runtime.max_actors),
             # engine, weights and license are the manifest's, the same for every job
-            fn_constructor_args=(guards, todo[0].model, runtime.device),
+            fn_constructor_args=(guards, todo[0].model, runtime.device, load),
             num_gpus=gpus,
             accelerator_type=runtime.accelerator,
             num_cpus=0,  # so that waiting models never starve the CPU stages
@@ -114,15 +123,17 @@ def caption(jobs: Sequence[Job], runtime: Runtime, listener: Listener, run_id: s
 
     def rows(todo: Sequence[Job], ledger: _Ledger) -> ray.data.Dataset:
         guards = Guards(ledger, run_id, runtime.deadline_seconds)
-        images = _captioned(_images(todo, ledger), todo, runtime, guards, restoring=False)
+        images = _captioned(_images(todo, runtime, ledger), todo, runtime, guards, restoring=False)
         return images.map_batches(caption_row_stage, batch_size=None, fn_args=(run_id,), num_cpus=0.5)
 
     wanting = [job for job in jobs if wants_caption(job)]
     _stream(wanting, runtime, [_caption_need(runtime)], rows, listener, run_id, stop)
 
 
-def _images(jobs: Sequence[Job], ledger: _Ledger) -> ray.data.Dataset:
-    together = max(1, min(_FED_TOGETHER, len(jobs) // (8 * int(ray.cluster_resources().get("CPU", 1)))))
+def _images(jobs: Sequence[Job], runtime: Runtime, ledger: _Ledger) -> ray.data.Dataset:
+    # what is fed together stays together; every worker must find some waiting
+    workers = int(ray.cluster_resources().get("CPU", 1)) + runtime.actors
+    together = max(1, min(_FED_TOGETHER, min(len(jobs), runtime.images_in_flight) // (4 * workers)))
     packed = [pack(jobs[i : i + together]) for i in range(0, len(jobs), together)]
     fed = ray.data.from_items(packed, override_num_blocks=len(packed))
     # one at a time, because it waits; without a core, because it only waits

@@ -25,7 +25,7 @@ from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.captioner import Captioner, load_captioner
 from supir_batch.color import Tone
 from supir_batch.decode import decode, preview
-from supir_batch.engine import Device, Engine
+from supir_batch.engine import Device, Engine, LoadEngine
 from supir_batch.errors import EngineError
 from supir_batch.isolation import Guards, Item
 from supir_batch.settings import second_seed
@@ -212,14 +212,16 @@ class RestoreStage(_ModelStage[Engine]):
 
     name = "restore"
 
-    def __init__(self, guards: Guards, model: ModelRef | None, device: Device) -> None:
+    def __init__(
+        self, guards: Guards, model: ModelRef | None, device: Device, load: LoadEngine = engine.load_engine
+    ) -> None:
         super().__init__(guards)
-        self._model, self._device = model, device
+        self._model, self._device, self._load = model, device, load
         self.ready()
 
     def load(self) -> Engine:
         """The engine of the run."""
-        return engine.load_engine(self._model, self._device)
+        return self._load(self._model, self._device)
 
     def work(self, loaded: Engine, tickets: dict[int, TileTicket], batch: Batch, working: list[int]) -> None:
         """Fill in the prompt and replace the pixels."""
