@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import json
+import math
 import os
 import re
 import secrets
@@ -51,29 +52,37 @@ def held(output_uri: str, run_id: str, on_loss: Callable[[], None]) -> Iterator[
     """
     ours = Holder(run_id, _user(), _machine(), os.getpid(), secrets.token_hex(8), datetime.now(UTC).isoformat())
     number = _take(output_uri, ours)
-    uri, over = _uri(output_uri, number), threading.Event()
+    uri, over, renewed_at = _uri(output_uri, number), threading.Event(), time.monotonic()
 
     def renew() -> None:
-        current, renewed_at = ours, time.monotonic()
+        nonlocal renewed_at
+        current = ours
         while not over.wait(RENEWED_EVERY_S):
             current = replace(current, renewals=current.renewals + 1)
             with contextlib.suppress(StoreError):  # a store that cannot be reached may be reached the next time
                 if max(_numbers(output_uri)) > number:
-                    on_loss()
+                    renewed_at = -math.inf
                     return
+                began = time.monotonic()
                 store.write_atomic(uri, _text(current))
-                renewed_at = time.monotonic()
-            if time.monotonic() - renewed_at > DEAD_AFTER_S:  # others take us for dead
+                renewed_at = began
+
+    def watch() -> None:
+        """Apart from renewing, which in an outage tries for longer than others wait before they take us for dead."""
+        while not over.wait(RENEWED_EVERY_S / 5):
+            if time.monotonic() - renewed_at > DEAD_AFTER_S:
                 on_loss()
                 return
 
-    renewer = threading.Thread(target=renew, name="lease", daemon=True)
-    renewer.start()
+    threads = [threading.Thread(target=target, name="lease", daemon=True) for target in (renew, watch)]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         over.set()
-        renewer.join()
+        for thread in threads:
+            thread.join()
         with contextlib.suppress(StoreError):  # then the next run watches for a while, and takes it over
             store.write_atomic(uri, _text(replace(ours, released=True)))
 
