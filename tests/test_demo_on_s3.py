@@ -146,6 +146,7 @@ def test_credentials_are_nowhere(s3_server: S3Server, s3: str, local_demo: Path)
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as ray:  # a longer path than Ray's sockets allow
         runs = [
             (3, command("run", here, "--debug", RAY_TMPDIR=ray)),
+            (3, command("run", here, "--debug", "-v", "--log-json", "-", RAY_TMPDIR=ray)),
             (2, command("run", here, "--debug", **guest)),
             (2, command("run", here, "--debug", AWS_SECRET_ACCESS_KEY="hunter2")),
             (2, command("run", here, "--debug", AWS_ENDPOINT_URL="http://reader:hunter2@no host")),
