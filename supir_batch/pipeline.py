@@ -132,8 +132,8 @@ def caption(jobs: Sequence[Job], runtime: Runtime, listener: Listener, run_id: s
 
 def _images(jobs: Sequence[Job], runtime: Runtime, ledger: _Ledger) -> ray.data.Dataset:
     # what is fed together stays together; every worker must find some waiting
-    workers = int(ray.cluster_resources().get("CPU", 1)) + runtime.actors
-    together = max(1, min(_FED_TOGETHER, min(len(jobs), runtime.images_in_flight) // (4 * workers)))
+    workers = int(ray.cluster_resources().get("CPU", 1)) + (runtime.max_actors or runtime.actors)
+    together = max(1, min(_FED_TOGETHER, min(len(jobs), runtime.images_in_flight) // (2 * workers)))
     packed = [pack(jobs[i : i + together]) for i in range(0, len(jobs), together)]
     fed = ray.data.from_items(packed, override_num_blocks=len(packed))
     # one at a time, because it waits; without a core, because it only waits
