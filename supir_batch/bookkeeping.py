@@ -24,7 +24,7 @@ class Stopwatch:
     def record(self, ticket: TileTicket, share: int = 1) -> TileTicket:
         """The ticket with this stage's record appended; ``share`` tiles split the time since construction."""
         seconds = (time.perf_counter() - self._started) / share
-        record = StageRecord(self._stage, seconds, _peak_memory_bytes(), self._device)
+        record = StageRecord(self._stage, seconds, peak_memory_bytes(), self._device)
         return dataclasses.replace(ticket, records=(*ticket.records, record))
 
 
@@ -50,7 +50,7 @@ def _forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_memory_bytes() -> int:
+def peak_memory_bytes() -> int:
     """Most memory this process has held since ``_forget_peak``, without what it shares with others (the object store).
 
     Where the system does not say, since it began and with what it shares.

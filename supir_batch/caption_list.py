@@ -85,7 +85,7 @@ def write_captions(manifest: Manifest, plan: Plan, list_uri: str) -> CaptionSumm
     work, no list is written; captions of mode ``llava`` are kept, and the same call goes on from there.
     """
     started = time.monotonic()
-    jobs = sorted([*(entry.job for entry in plan.todo), *(entry.job for entry in plan.done)], key=_place)
+    jobs = sorted((entry.job for entries in (plan.todo, plan.done, plan.quarantined) for entry in entries), key=_place)
     wanted = [job for job in jobs if job.settings.prompt is None]
     prompts = {job.source.id: job.settings.prompt for job in jobs if job.settings.prompt is not None}
     given = len(prompts)

@@ -61,7 +61,7 @@ def refuse_foreign(output_uri: str) -> None:
     uri = store.join(output_uri, FILE_NAME)
     if not store.exists(uri):
         return
-    made = runlog.output_paths(runlog.read_log(output_uri))
+    made = runlog.output_paths(runlog.read_log(output_uri, runlog.OF_OUTPUTS))
     known = {_escaped(place) for path in made for place in places(path)}
     # bytes that are no text become names that no log knows
     lines = store.read_bytes(uri).decode("utf-8", "backslashreplace").removesuffix("\n").split("\n")
@@ -79,7 +79,8 @@ def renew(output_uri: str) -> None:
     Call it and ``remove`` only where ``refuse_foreign`` had nothing to say.
     Raises StoreError if the log cannot be read or the file not be written.
     """
-    wanted = text(runlog.newest_done(runlog.read_log(output_uri), COLUMNS).values()).encode()
+    table = runlog.read_log(output_uri, (*runlog.OF_OUTPUTS, *COLUMNS))
+    wanted = text(runlog.newest_done(table).values()).encode()
     uri = store.join(output_uri, FILE_NAME)
     if wanted and not (store.exists(uri) and store.read_bytes(uri) == wanted):
         store.write_atomic(uri, wanted)

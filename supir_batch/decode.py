@@ -221,8 +221,11 @@ def _identify(blank: TileTicket, path: Path, header: probe.Header) -> TileTicket
         )
     if blank.facts is not None and blank.facts.sha256 != sha256:
         raise ImageError("changed", "the file was changed between captioning and restoring; run again")
+    # nobody may have looked at the file before
+    seen = dataclasses.replace(job, source=dataclasses.replace(job.source, size=path.stat().st_size))
     return dataclasses.replace(
         blank,
+        job=seen,
         facts=_facts(job, header, sha256),
         fingerprint=settings.fingerprint(sha256, job.settings_sha256),
         seed=settings.item_seed(job.settings, sha256),

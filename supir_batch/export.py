@@ -54,7 +54,7 @@ def deliverables(output_uri: str) -> list[Deliverable]:
 
     Raises ManifestError if there is none, StoreError if the log or a record cannot be read or a record was changed.
     """
-    newest = runlog.newest_done(runlog.read_log(output_uri), _COLUMNS)
+    newest = runlog.newest_done(runlog.read_log(output_uri, (*runlog.OF_OUTPUTS, *_COLUMNS)))
     if not newest:
         raise ManifestError(f"{output_uri}: holds no finished image; give the output folder of a run, or its manifest")
     return [_deliverable(output_uri, row) for row in newest.values()]

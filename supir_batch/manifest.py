@@ -3,24 +3,34 @@
 An input is a file, a folder (searched recursively), a glob, or a list (.csv, .jsonl, .parquet) with one image per row.
 What concerns one image (missing, empty) becomes a refusal and the run goes on; what concerns the manifest (an unknown
 column, a bad value, two rows with one id) is a ManifestError before any work.
+
+A million images are no more than a table: rows are checked as columns, in pieces, and only those that look wrong or odd
+one by one, in words. A list that gives ``sha256`` vouches for the content, so nobody looks whether the file is there
+before it is decoded; any other source is looked up.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import difflib
-import io
 import json
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, NamedTuple
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_args, overload
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from supir_batch import store
@@ -47,6 +57,55 @@ LIST_EXTENSIONS = {".csv", ".jsonl", ".parquet"}
 
 _MAX_PROBLEMS = 20  # shown at once; a list made by a script tends to have the same mistake in every row
 _LOOKUPS = 32  # concurrent look-ups; on an object store each is a round trip
+_PIECE = 65_536  # rows read and checked at once
+_MADE_AT_ONCE = 1024
+_AT_ONCE = 512  # rows of a CSV as lists; more, and Python would search them for garbage, which doubles the time
+
+
+TEXT = pa.large_string()  # a million paths may have more than 2 GB
+
+SOURCES = pa.schema(
+    [
+        *((name, TEXT) for name in ("id", "uri", "origin", "relative", "version")),
+        ("size", pa.int64()),
+        *((name, TEXT) for name in ("sha256", "prompt", "negative_prompt")),
+        ("upscale", pa.float64()),
+        ("seed", pa.int64()),
+        ("material", TEXT),
+        ("page", pa.int64()),
+    ]
+)
+"""Sources as a table: the fields of :class:`~supir_batch.types.Source`, null where nothing is given or known.
+
+Columns after ``size`` may be absent.
+"""
+
+Rows = NDArray[np.int64]  # numbers of rows of a table
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Lazy(Sequence[T_co], Generic[T_co]):
+    """Things made of rows of a table when they are asked for, a few at a time, as ``make`` makes them."""
+
+    def __init__(self, rows: Rows, make: Callable[[Rows], Iterable[T_co]]) -> None:
+        self._rows, self._make = rows, make
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> T_co: ...
+    @overload
+    def __getitem__(self, index: slice) -> Lazy[T_co]: ...
+
+    def __getitem__(self, index: int | slice) -> T_co | Lazy[T_co]:
+        if isinstance(index, slice):
+            return Lazy(self._rows[index], self._make)
+        return next(iter(self._make(self._rows[[index]])))
+
+    def __iter__(self) -> Iterator[T_co]:
+        for start in range(0, len(self._rows), _MADE_AT_ONCE):
+            yield from self._make(self._rows[start : start + _MADE_AT_ONCE])
 
 
 class Refused(NamedTuple):
@@ -58,11 +117,46 @@ class Refused(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceList:
-    """Everything the inputs name. ``ignored`` counts files of folders that are no images, by extension."""
+    """Everything the inputs name. ``ignored`` counts files of folders that are no images, by extension.
 
-    sources: tuple[Source, ...]
-    refused: tuple[Refused, ...]
-    ignored: dict[str, int]
+    ``table`` (:data:`SOURCES`) has every source; ``chosen`` are the rows somebody asked for, ``failures`` says which of
+    them cannot be used. ``places`` has one spelling for each file, to compare with others.
+    """
+
+    table: pa.Table
+    places: pa.ChunkedArray
+    chosen: NDArray[np.bool_]
+    failures: Mapping[int, Failure]
+    ignored: Mapping[str, int]
+
+    @property
+    def usable(self) -> Rows:
+        """The rows that were asked for and can be used."""
+        usable = self.chosen.copy()
+        usable[list(self.failures)] = False
+        return np.flatnonzero(usable)
+
+    @property
+    def sources(self) -> Lazy[Source]:
+        """The sources that were asked for and can be used."""
+        return Lazy(self.usable, self.make)
+
+    @property
+    def refused(self) -> tuple[Refused, ...]:
+        """Those that cannot."""
+        rows = sorted(self.failures)
+        return tuple(map(Refused, self.make(np.array(rows, np.int64)), (self.failures[row] for row in rows)))
+
+    def make(self, rows: Rows) -> Iterator[Source]:
+        """The sources of some rows."""
+        return sources_of(self.table, rows)
+
+
+def sources_of(table: pa.Table, rows: Rows) -> Iterator[Source]:
+    """Some rows of a table of sources as what they stand for."""
+    known = table.select([name for name in table.column_names if name in SOURCES.names])
+    for row in known.take(pa.array(rows)).to_pylist():
+        yield Source(**{**row, "version": row["version"] or "", "size": row["size"] or 0})
 
 
 class _Row(BaseModel):
@@ -82,35 +176,34 @@ class _Row(BaseModel):
     page: Annotated[int, Field(ge=1, le=65_535)] | None = None
 
 
-class _Named(NamedTuple):
-    """A source before anyone looked whether it is there; ``found`` is known already when a listing named it."""
-
-    source: Source
-    found: store.ObjectInfo | None
-
-
-def list_sources(manifest: Manifest, manifest_uri: str) -> SourceList:
+def list_sources(
+    manifest: Manifest, manifest_uri: str, choose: Callable[[pa.Table], NDArray[np.bool_]] | None = None
+) -> SourceList:
     """Every image that the manifest's inputs name, in the order of the inputs, names sorted within each.
 
-    Raises ManifestError when an input matches nothing, a list is malformed, or two sources share an id or a file.
+    ``choose`` says which of the named ones are asked for; only these are looked up. Raises ManifestError when an input
+    matches nothing, a list is malformed, or two sources share an id or a file.
     """
-    named: list[_Named] = []
     ignored: Counter[str] = Counter()
-    for reference in manifest.inputs:
-        named += _expand(reference, manifest, manifest_uri, ignored)
-    _refuse_duplicates([one.source for one in named], manifest_uri)
-    sources, refused = _look(named)
-    return SourceList(tuple(sources), tuple(refused), dict(sorted(ignored.items())))
+    table = pa.concat_tables(
+        (piece for reference in manifest.inputs for piece in _expand(reference, manifest, manifest_uri, ignored)),
+        promote_options="default",
+    )
+    places = _places(table)
+    _refuse_duplicates(table, places, manifest_uri)
+    chosen = np.ones(len(table), bool) if choose is None else choose(table)
+    table, failures = _look(table, chosen)
+    return SourceList(table, places, chosen, failures, dict(sorted(ignored.items())))
 
 
 # --- the four kinds of input ---------------------------------------------------------------------------------------
 
 
-def _expand(reference: str, manifest: Manifest, manifest_uri: str, ignored: Counter[str]) -> Iterable[_Named]:
+def _expand(reference: str, manifest: Manifest, manifest_uri: str, ignored: Counter[str]) -> Iterable[pa.Table]:
     if store.exists(reference):
         if _extension(reference) in LIST_EXTENSIONS:
-            return [_Named(source, None) for source in _read_list(reference)]
-        return [_Named(_from_file(reference, store.name(reference), reference), None)]
+            return _read_list(reference)
+        return _tables([(reference, store.name(reference), None)], reference)
     if store.is_folder(reference):
         return _from_folder(reference, manifest, manifest_uri, ignored)
     if store.has_glob(reference):
@@ -120,10 +213,10 @@ def _expand(reference: str, manifest: Manifest, manifest_uri: str, ignored: Coun
         raise ManifestError(f"{manifest_uri}: inputs: the list {reference} does not exist")
     if extension not in IMAGE_EXTENSIONS:
         raise ManifestError(f"{manifest_uri}: inputs: {reference} does not exist; give a file, folder, glob or list")
-    return [_Named(_from_file(reference, store.name(reference), reference), None)]  # one image: a refusal, not an error
+    return _tables([(reference, store.name(reference), None)], reference)  # one image: a refusal, not an error
 
 
-def _from_folder(folder: str, manifest: Manifest, manifest_uri: str, ignored: Counter[str]) -> list[_Named]:
+def _from_folder(folder: str, manifest: Manifest, manifest_uri: str, ignored: Counter[str]) -> list[pa.Table]:
     output = manifest.output.uri
     if store.normalize(output) == store.normalize(folder) or store.relative_to(folder, output) is not None:
         raise ManifestError(
@@ -131,15 +224,18 @@ def _from_folder(folder: str, manifest: Manifest, manifest_uri: str, ignored: Co
             f"its files would be taken for outputs: choose a folder beside or inside the input"
         )
     inside = store.relative_to(output, folder)
-    named = []
-    for found in store.list_tree(folder):
-        relative = store.relative_to(found.uri, folder)
-        if relative is None or (inside is not None and f"{relative}/".startswith(f"{inside}/")):
-            continue  # an earlier output of this manifest
-        if _hidden(relative) or _extension(relative) not in IMAGE_EXTENSIONS:
-            ignored[_extension(relative) or "(no extension)"] += 1
-            continue
-        named.append(_Named(_from_file(found.uri, relative, folder), found))
+
+    def images() -> Iterator[_Found]:
+        for found in store.list_tree(folder):
+            relative = store.relative_to(found.uri, folder)
+            if relative is None or (inside is not None and f"{relative}/".startswith(f"{inside}/")):
+                continue  # an earlier output of this manifest
+            if _hidden(relative) or _extension(relative) not in IMAGE_EXTENSIONS:
+                ignored[_extension(relative) or "(no extension)"] += 1
+            else:
+                yield found.uri, relative, found
+
+    named = list(_tables(images(), folder))
     if not named:
         others = sum(ignored.values())
         raise ManifestError(
@@ -149,25 +245,38 @@ def _from_folder(folder: str, manifest: Manifest, manifest_uri: str, ignored: Co
     return named
 
 
-def _from_glob(pattern: str, manifest: Manifest, manifest_uri: str, ignored: Counter[str]) -> list[_Named]:
+def _from_glob(pattern: str, manifest: Manifest, manifest_uri: str, ignored: Counter[str]) -> list[pa.Table]:
     root = store.glob_root(pattern)
-    named, others = [], 0
-    for found in store.expand_glob(pattern):
-        if store.relative_to(found.uri, manifest.output.uri) is not None:
-            continue  # an earlier output of this manifest
-        if _extension(found.uri) not in IMAGE_EXTENSIONS:
-            ignored[_extension(found.uri) or "(no extension)"] += 1
-            others += 1
-            continue
-        relative = store.relative_to(found.uri, root) or store.name(found.uri)
-        named.append(_Named(_from_file(found.uri, relative, pattern), found))
+    others: Counter[str] = Counter()
+
+    def images() -> Iterator[_Found]:
+        for found in store.expand_glob(pattern):
+            if store.relative_to(found.uri, manifest.output.uri) is not None:
+                continue  # an earlier output of this manifest
+            if _extension(found.uri) not in IMAGE_EXTENSIONS:
+                others[_extension(found.uri) or "(no extension)"] += 1
+            else:
+                yield found.uri, store.relative_to(found.uri, root) or store.name(found.uri), found
+
+    named = list(_tables(images(), pattern))
+    ignored += others
     if not named:
-        raise ManifestError(f"{manifest_uri}: inputs: no image matches the pattern {pattern} ({others} other files)")
+        count = sum(others.values())
+        raise ManifestError(f"{manifest_uri}: inputs: no image matches the pattern {pattern} ({count} other files)")
     return named
 
 
-def _from_file(uri: str, relative: str, origin: str) -> Source:
-    return Source(id=relative, uri=uri, origin=origin, relative=relative, version="", size=0)
+_Found = tuple[str, str, store.ObjectInfo | None]  # URI, path below the output, and what a listing said
+
+
+def _tables(images: Iterable[_Found], origin: str) -> Iterator[pa.Table]:
+    stream = iter(images)
+    while piece := list(islice(stream, _PIECE)):
+        uris, relatives, found = zip(*piece, strict=True)
+        columns = {"id": relatives, "uri": uris, "origin": [origin] * len(piece), "relative": relatives}
+        columns["version"] = [one and one.version for one in found]
+        columns["size"] = [one and one.size for one in found]
+        yield pa.table({name: pa.array(values, SOURCES.field(name).type) for name, values in columns.items()})
 
 
 def _extension(uri: str) -> str:
@@ -182,57 +291,96 @@ def _hidden(relative: str) -> bool:
 # --- lists ---------------------------------------------------------------------------------------------------------
 
 
-def _read_list(uri: str) -> list[Source]:
-    extension = _extension(uri)
-    if extension == ".csv":
-        rows = _csv_rows(uri)
-    elif extension == ".jsonl":
-        rows = _jsonl_rows(uri)
-    else:
-        rows = _parquet_rows(uri)
-    sources, problems = [], []
-    for number, values in rows:
-        origin = f"{store.name(uri)}:{number}"
+class _Piece(NamedTuple):
+    """Some rows of a list. ``table`` has its columns as they are; None: they fit no table."""
+
+    numbers: Rows  # of lines or rows, for messages
+    table: pa.Table | None
+    rows: Callable[[int], dict[str, Any]]  # one row: what is there of it
+
+
+def _read_list(uri: str) -> list[pa.Table]:
+    label, extension = store.name(uri), _extension(uri)
+    read = {".csv": _csv_pieces, ".jsonl": _jsonl_pieces, ".parquet": _parquet_pieces}[extension]
+    tables, problems = [], list[str]()
+    with store.local_copy(uri) as path:
         try:
-            # CSV knows only text, so "2" may become 2.0; the typed formats must already have it right
-            row = _Row.model_validate(values, strict=extension != ".csv")
-            sources.append(_from_row(row, uri, origin))
-        except ValidationError as error:
-            problems += [f"{origin}: {line}" for line in _row_problems(error)]
-        except StoreError as error:
-            problems.append(f"{origin}: {error}")
+            for piece in read(path, label):
+                # CSV knows only text, so "2" may become 2.0; the typed formats must already have it right
+                tables.append(_checked(piece, uri, extension != ".csv", problems))
+        except UnicodeDecodeError:
+            store.read_text(uri)  # raises, and says where
+            raise
     if problems:
         more = [f"... and {len(problems) - _MAX_PROBLEMS} more"] if len(problems) > _MAX_PROBLEMS else []
         raise ManifestError("\n".join(problems[:_MAX_PROBLEMS] + more))
-    if not sources:
+    if not sum(map(len, tables)):
         raise ManifestError(f"{uri}: the list has no rows")
-    return sources
+    return tables
 
 
-def _csv_rows(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    label = store.name(uri)
-    reader = csv.reader(io.StringIO(store.read_text(uri), newline=""), strict=True)
-    try:
-        header = [column.strip() for column in next(reader, [])]
-        _check_columns(header, f"{label}:1")
-        end = reader.line_num
-        for cells in reader:
-            number, end = end + 1, reader.line_num
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                raise ManifestError(
-                    f"{label}:{number}: has {len(cells)} fields, the header has {len(header)}; "
-                    f"put text that contains a comma in double quotes"
-                )
-            yield number, {column: cell for column, cell in zip(header, cells, strict=True) if cell != ""}
-    except csv.Error as error:
-        raise ManifestError(f"{label}:{reader.line_num}: is not CSV: {error}") from error
+def _csv_pieces(path: Path, label: str) -> Iterator[_Piece]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = [column.strip() for column in next(reader, [])]
+            _check_columns(header, f"{label}:1")
+            end, more = reader.line_num, True
+            while more:
+                columns: list[list[str]] = [[] for _ in header]
+                numbers = [np.empty(0, np.int64)]
+                while len(columns[0]) < _PIECE and (more := bool(rows := list(islice(reader, _AT_ONCE)))):
+                    found, end = _line_numbers(rows, end, reader.line_num), reader.line_num
+                    if set(map(len, rows)) != {len(header)}:
+                        found, rows = _whole_rows(rows, found, len(header), label)
+                    numbers.append(found)
+                    for column, cells in zip(columns, zip(*rows, strict=True), strict=bool(rows)):
+                        column.extend(cells)
+                if columns[0]:
+                    texts = [pa.array(cells, TEXT) for cells in columns]
+                    given = [pc.if_else(pc.equal(cells, ""), None, cells) for cells in texts]
+                    yield _typed_piece(np.concatenate(numbers), pa.table(given, names=header))
+        except csv.Error as error:
+            raise ManifestError(f"{label}:{reader.line_num}: is not CSV: {error}") from error
 
 
-def _jsonl_rows(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    label = store.name(uri)
-    for number, line in enumerate(store.read_text(uri).split("\n"), start=1):
+def _line_numbers(rows: Sequence[Sequence[str]], before: int, last: int) -> Rows:
+    """The line each row begins on, of lines ``before + 1`` to ``last``."""
+    numbers = np.arange(before + 1, before + 1 + len(rows))
+    if last - before > len(rows):  # there are line breaks in quotes
+        breaks = [sum(len(_LINE_BREAK.findall(cell)) for cell in row) for row in rows]
+        numbers[1:] += np.cumsum(breaks)[:-1]
+    return numbers
+
+
+_LINE_BREAK = re.compile(r"\r\n|\r|\n")
+
+
+def _whole_rows(rows: Sequence[list[str]], numbers: Rows, width: int, label: str) -> tuple[Rows, list[list[str]]]:
+    """Without empty lines. Raises ManifestError if a row has more or fewer fields than the header."""
+    for number, row in zip(numbers, rows, strict=True):
+        if len(row) not in (0, width):
+            raise ManifestError(
+                f"{label}:{number}: has {len(row)} fields, the header has {width}; "
+                f"put text that contains a comma in double quotes"
+            )
+    return numbers[[len(row) > 0 for row in rows]], [row for row in rows if row]
+
+
+def _jsonl_pieces(path: Path, label: str) -> Iterator[_Piece]:
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        rows = _jsonl_rows(file, label)
+        while piece := list(islice(rows, _PIECE)):
+            numbers, values = zip(*piece, strict=True)
+            table: pa.Table | None = None
+            columns = dict.fromkeys(key for row in values for key in row)
+            with suppress(pa.ArrowException, OverflowError):  # a column of several types: its rows are looked at singly
+                table = pa.table({name: pa.array([row.get(name) for row in values]) for name in columns})
+            yield _Piece(np.array(numbers, np.int64), table, values.__getitem__)
+
+
+def _jsonl_rows(lines: Iterable[str], label: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -240,7 +388,8 @@ def _jsonl_rows(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
         except ValueError as error:
             raise ManifestError(f"{label}:{number}: is not a line of JSON: {error}") from error
         if not isinstance(values, dict):
-            raise ManifestError(f'{label}:{number}: must be an object such as {{"uri": "a.tif"}}, saw {line[:60]}')
+            shown = line.rstrip("\n")[:60]
+            raise ManifestError(f'{label}:{number}: must be an object such as {{"uri": "a.tif"}}, saw {shown}')
         _check_columns(values, f"{label}:{number}")
         yield number, {key: value for key, value in values.items() if value is not None}
 
@@ -252,15 +401,47 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _parquet_rows(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    label = store.name(uri)
+def _parquet_pieces(path: Path, label: str) -> Iterator[_Piece]:
     try:
-        table = pq.read_table(pa.BufferReader(store.read_bytes(uri)))
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            _check_columns(file.schema_arrow.names, label)
+            count = 0
+            for batch in file.iter_batches(_PIECE, use_threads=False):
+                yield _typed_piece(np.arange(count + 1, count + len(batch) + 1), pa.Table.from_batches([batch]))
+                count += len(batch)
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"{label}: is not a Parquet file: {error}") from error
-    _check_columns(table.column_names, label)
-    for number, values in enumerate(table.to_pylist(), start=1):
-        yield number, {key: value for key, value in values.items() if value is not None}
+
+
+def _typed_piece(numbers: Rows, table: pa.Table) -> _Piece:
+    def row(index: int) -> dict[str, Any]:
+        (values,) = table.slice(index, 1).to_pylist()
+        return {key: value for key, value in values.items() if value is not None}
+
+    return _Piece(numbers, table, row)
+
+
+def _checked(piece: _Piece, list_uri: str, strict: bool, problems: list[str]) -> pa.Table:
+    """The sources of a piece of a list; what is wrong with it is added to ``problems``."""
+    label, folder = store.name(list_uri), store.parent(list_uri)
+    plain, table = np.zeros(len(piece.numbers), bool), SOURCES.empty_table()
+    if piece.table is not None:
+        plain, table = _plain_sources(piece.table, piece.numbers, label, folder, strict)
+    odd = []
+    for index in np.flatnonzero(~plain):
+        origin = f"{label}:{piece.numbers[index]}"
+        try:
+            odd.append(_from_row(_Row.model_validate(piece.rows(int(index)), strict=strict), folder, origin))
+        except ValidationError as error:
+            problems += [f"{origin}: {line}" for line in _row_problems(error)]
+        except StoreError as error:
+            problems.append(f"{origin}: {error}")
+    if not odd or problems:
+        return table
+    unseen = {"version": None, "size": None}
+    found = pa.Table.from_pylist([dataclasses.asdict(source) | unseen for source in odd], schema=SOURCES)
+    order = np.argsort(np.concatenate([np.flatnonzero(plain), np.flatnonzero(~plain)]))
+    return pa.concat_tables([table, found], promote_options="default").take(pa.array(order))
 
 
 def _check_columns(columns: Iterable[str], place: str) -> None:
@@ -291,21 +472,16 @@ def _row_problems(error: ValidationError) -> Iterator[str]:
         yield f"{column} {plain_words(problem['msg'])}, " + (f"saw {problem['input']!r}")
 
 
-def _from_row(row: _Row, list_uri: str, origin: str) -> Source:
-    folder = store.parent(list_uri)
+def _from_row(row: _Row, folder: str, origin: str) -> Source:
     uri = store.resolve(folder, store.refuse_credentials(row.uri))
-    relative = row.relative or store.relative_to(uri, folder)
+    relative = row.relative or _mirrored(uri, folder)
     if row.relative is not None and (row.relative.startswith("/") or "://" in row.relative or "\0" in row.relative):
         raise StoreError(f"relative {row.relative!r} must lead down from output.uri; write it like 'box1/photo.tif'")
-    if relative is None:
-        # A pure function of the URI: whatever else is in the list, the output keeps its place.
-        relative = (str(store.local_path(uri)) if store.is_local(uri) else uri.partition("://")[2]).strip("/")
     if not relative or ".." in relative.split("/"):  # the output mirrors it and must stay below output.uri
         named = f"uri {row.uri!r}" if row.relative is None else f"relative {row.relative!r}"
         raise StoreError(f"{named} does not name a file; write it without '..'")
     if row.page is not None and row.relative is None:
-        stem, extension = posixpath.splitext(relative)
-        relative = f"{stem}-p{row.page:03d}{extension}"  # each page has an output of its own
+        relative = _of_page(relative, row.page)
     if row.id is not None and (not row.id.isprintable() or row.id.strip() != row.id):
         raise StoreError(f"id {row.id!r} has control characters or blanks at its ends; remove them")
     return Source(
@@ -325,15 +501,215 @@ def _from_row(row: _Row, list_uri: str, origin: str) -> Source:
     )
 
 
+def _mirrored(uri: str, folder: str) -> str:
+    """Where the output of ``uri`` goes if its list, in ``folder``, does not say."""
+    relative = store.relative_to(uri, folder)
+    if relative is not None:
+        return relative
+    # A pure function of the URI: whatever else is in the list, the output keeps its place.
+    return (str(store.local_path(uri)) if store.is_local(uri) else uri.partition("://")[2]).strip("/")
+
+
+def _of_page(relative: str, page: int) -> str:
+    stem, extension = posixpath.splitext(relative)
+    return f"{stem}-p{page:03d}{extension}"  # each page has an output of its own
+
+
+# --- rows as columns -----------------------------------------------------------------------------------------------
+
+
+def _plain_sources(
+    listed: pa.Table, numbers: Rows, label: str, folder: str, strict: bool
+) -> tuple[NDArray[np.bool_], pa.Table]:
+    """Which rows of a list are right beyond doubt, and the sources that :func:`_from_row` would make of them.
+
+    Columns are tested with what :class:`_Row` and ``_from_row`` demand, or with more: all others go there.
+    """
+    plain = np.ones(len(listed), bool)
+    columns: dict[str, pa.ChunkedArray] = {}
+    for name in listed.column_names:
+        columns[name], good = _plain_column(listed.column(name), SOURCES.field(name).type, strict)
+        if name in _PLAIN:
+            good = pc.and_(good, pc.fill_null(_PLAIN[name](columns[name]), True))
+        plain &= good.to_numpy(zero_copy_only=False)
+    paths = split(pc.fill_null(columns["uri"], ""))
+    plain &= pc.is_valid(columns["uri"]).to_numpy() & ~pc.is_in(paths.names, pa.array(["", ".", ".."], TEXT)).to_numpy()
+    places = [_place(one, folder) for one in paths.folders]
+    plain &= np.array([place is not None for place in places], bool)[paths.numbers]
+
+    numbers_of, names = pa.array(paths.numbers[plain]), paths.names
+    if not plain.all():
+        chosen = pa.array(plain)
+        columns, names = {name: column.filter(chosen) for name, column in columns.items()}, names.filter(chosen)
+    columns["uri"] = joined(_texts(place and place[0] for place in places).take(numbers_of), names)
+    relative = joined(_texts(place and place[1] for place in places).take(numbers_of), names)
+    if "page" in columns:
+        pages = zip(relative.to_pylist(), columns["page"].to_pylist(), strict=True)
+        relative = _texts(path if page is None else _of_page(path, page) for path, page in pages)
+    columns["relative"] = pc.coalesce(columns["relative"], relative) if "relative" in columns else relative
+    columns["id"] = pc.coalesce(columns["id"], columns["relative"]) if "id" in columns else columns["relative"]
+    columns["origin"] = joined(f"{label}:", pa.array(numbers[plain]).cast(TEXT))
+    if "sha256" in columns:
+        columns["sha256"] = pc.ascii_lower(columns["sha256"])
+    given = [name for name, column in columns.items() if column.null_count < len(column) or name in ("id", "uri")]
+    unseen = {name: pa.nulls(int(plain.sum()), SOURCES.field(name).type) for name in ("version", "size")}
+    return plain, pa.table({name: columns[name] for name in given} | unseen)
+
+
+def _plain_column(column: pa.ChunkedArray, wanted: pa.DataType, strict: bool) -> tuple[pa.ChunkedArray, Any]:
+    """The column as ``wanted``, and which of its values are beyond doubt of that type, or null."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    text = any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+    missing = pa.chunked_array([pa.nulls(len(column), wanted)])
+    right = text if pa.types.is_large_string(wanted) else pa.types.is_integer(kind)
+    if pa.types.is_floating(wanted):
+        right = right or pa.types.is_floating(kind)
+    if text and not strict and not pa.types.is_large_string(wanted):
+        number = r"^[1-9][0-9]{0,15}$" if pa.types.is_integer(wanted) else r"^[0-9]{1,9}(\.[0-9]{1,6})?$"
+        good = pc.fill_null(pc.match_substring_regex(column, number), True)
+        return pc.if_else(good, column, None).cast(wanted), good
+    if right:
+        try:
+            return column.cast(wanted), pc.is_valid(pc.fill_null(column.is_null(), True))
+        except pa.ArrowInvalid:
+            pass  # a number that is too large
+    return missing, column.is_null()
+
+
+def _good_id(ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    good = pc.match_substring_regex(ids, r"^[!-~]([ -~]{0,1000}[!-~])?$")
+    return _in_python(ids, good, lambda text: text.isprintable() and text.strip() == text and len(text) <= 1024)
+
+
+def _in_python(column: pa.ChunkedArray, good: pa.ChunkedArray, test: Callable[[str], bool]) -> pa.ChunkedArray:
+    """``good``, and where it is not and the value has letters beyond ASCII, what ``test`` says."""
+    asked = pc.and_(pc.invert(good), pc.invert(pc.string_is_ascii(column)))
+    answers = [test(text) for text in column.filter(asked).to_pylist()]
+    return pc.replace_with_mask(good.combine_chunks(), asked.combine_chunks(), pa.array(answers, pa.bool_()))
+
+
+# What is beyond doubt, by column; null stays null.
+_PLAIN: dict[str, Callable[[pa.ChunkedArray], pa.ChunkedArray]] = {
+    "uri": lambda column: pc.invert(pc.match_substring_regex(column, r"[\x00-\x1f\x7f\\?&]|://.*@|^~")),
+    "id": _good_id,
+    "relative": lambda column: pc.and_(
+        pc.match_substring_regex(column, r"(?s)^[^/~].{0,999}$"),
+        pc.invert(pc.match_substring_regex(column, r"[\x00-\x1f\x7f\\]|://|(^|/)\.{0,2}(/|$)")),
+    ),
+    "sha256": lambda column: pc.match_substring_regex(column, r"^[0-9a-fA-F]{64}$"),
+    "upscale": lambda column: pc.and_(pc.greater_equal(column, 0.1), pc.less_equal(column, 16.0)),
+    "seed": lambda column: pc.greater_equal(column, 0),
+    "material": lambda column: pc.is_in(column, pa.array(get_args(Material), TEXT), skip_nulls=True),
+    "page": lambda column: pc.and_(pc.greater_equal(column, 1), pc.less_equal(column, 65_535)),
+}
+
+
+def _place(named: str, folder: str) -> tuple[str, str] | None:
+    """What stands before a name in the URI and in the mirrored path of rows that name a file in ``named``."""
+    try:
+        uri = store.resolve(folder, f"{named}_")  # any name
+        relative = _mirrored(uri, folder)
+    except (StoreError, ValueError):
+        return None
+    return None if ".." in relative.split("/") else (uri[:-1], relative[:-1])
+
+
+class Split(NamedTuple):
+    """Paths taken apart: what is before the name (empty, or ending in a slash), once each, and the names."""
+
+    folders: list[str]
+    numbers: Rows  # of each path's folder
+    names: pa.ChunkedArray
+
+
+def split(paths: pa.ChunkedArray) -> Split:
+    """Take paths or URIs apart."""
+    known: dict[str, int] = {}
+    numbers, names = [np.empty(0, np.int64)], []
+    for start in range(0, len(paths), _PIECE):  # each needs several copies
+        folders, found = cut(joined("/", paths.slice(start, _PIECE)), "/")  # so that each has a slash
+        distinct = folders.unique()
+        known_as = [known.setdefault(f"{folder}/"[1:], len(known)) for folder in distinct.to_pylist()]
+        numbers.append(np.array(known_as, np.int64)[numbers_in(folders, distinct)])
+        names += found.chunks
+    return Split(list(known), np.concatenate(numbers), pa.chunked_array(names, TEXT))
+
+
+def cut(paths: pa.ChunkedArray, mark: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """What is before and after the last ``mark`` of each of ``paths``, which all have one."""
+    flat = [chunk.flatten() for chunk in pc.split_pattern(paths, mark, max_splits=1, reverse=True).chunks]
+    before, after = ([one.take(pa.array(np.arange(at, len(one), 2))) for one in flat] for at in (0, 1))
+    return pa.chunked_array(before, TEXT), pa.chunked_array(after, TEXT)
+
+
+def numbers_in(column: pa.ChunkedArray, values: pa.Array) -> Rows:
+    """Where in ``values`` each value of a column is, -1 if it is not there; a null is found if ``values`` has one."""
+    return np.asarray(pc.fill_null(pc.index_in(column, value_set=values), -1), np.int64)
+
+
+def mask(rows: Rows, count: int) -> NDArray[np.bool_]:
+    """Which of ``count`` rows are among ``rows``."""
+    found = np.zeros(count, bool)
+    found[rows] = True
+    return found
+
+
+def joined(*parts: str | pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts put together, row by row."""
+    texts = [pa.scalar(part, TEXT) if isinstance(part, str) else part for part in parts]
+    return pc.binary_join_element_wise(*texts, pa.scalar("", TEXT))
+
+
+def repeated(column: pa.ChunkedArray) -> Rows:
+    """The rows whose value another row has, too; nulls are no values."""
+    if len(column.unique()) == len(column):
+        return np.empty(0, np.int64)
+    counts = column.drop_null().value_counts()
+    twice = counts.filter(pc.greater(pc.struct_field(counts, "counts"), 1))
+    return np.flatnonzero(pc.is_in(column, pc.struct_field(twice, "values")))
+
+
+def _texts(values: Iterable[str | None]) -> pa.Array:
+    return pa.array(list(values), TEXT)
+
+
 # --- what is there -------------------------------------------------------------------------------------------------
 
 
-def _refuse_duplicates(sources: Sequence[Source], manifest_uri: str) -> None:
+def _places(table: pa.Table) -> pa.ChunkedArray:
+    """One spelling of the place of each source, so that no file is named twice.
+
+    Links are followed: of folders always, of files unless a list vouches for them. Two files that it vouches for and
+    that are the same have the same SHA-256, and these are followed.
+    """
+    uris = table.column("uri")
+    paths = split(uris)
+    spelled = [store.normalize(folder).rstrip("/") + "/" if folder else "" for folder in paths.folders]
+    places = uris
+    if spelled != paths.folders:
+        places = joined(_texts(spelled).take(pa.array(paths.numbers)), paths.names)
+    followed = np.array([store.is_local(folder) for folder in paths.folders], bool)[paths.numbers]
+    if "sha256" in table.column_names:
+        digests = table.column("sha256")
+        followed &= mask(repeated(digests), len(table)) | digests.is_null().to_numpy()
+    followed |= np.asarray(pc.equal(paths.names, ""))
+    if followed.any():
+        found = _texts(store.normalize(uri) for uri in uris.filter(pa.array(followed)).to_pylist())
+        places = pc.replace_with_mask(places.combine_chunks(), pa.array(followed), found)
+    return places if isinstance(places, pa.ChunkedArray) else pa.chunked_array([places])
+
+
+def _refuse_duplicates(table: pa.Table, places: pa.ChunkedArray, manifest_uri: str) -> None:
+    files = places
+    if "page" in table.column_names:
+        files = joined(places, "#", pc.fill_null(table.column("page").cast(TEXT), ""))
+    suspects = np.union1d(repeated(files), repeated(table.column("id")))
     by_id: dict[str, Source] = {}
     by_file: dict[tuple[str, int | None], Source] = {}
     problems = []
-    for source in sources:
-        first = by_file.setdefault((store.normalize(source.uri), source.page), source)
+    found = zip(sources_of(table, suspects), places.take(pa.array(suspects)).to_pylist(), strict=True)
+    for source, place in found:
+        first = by_file.setdefault((place, source.page), source)
         if first is not source:
             page = "" if source.page is None else f"page {source.page} of "
             problems.append(f"{_both(first, source)} name {page}the same file {source.uri}; remove one of them")
@@ -357,30 +733,46 @@ def describe(source: Source) -> str:
     return source.uri if source.uri == source.origin else f"{source.uri} (from {source.origin})"
 
 
-def _look(named: Sequence[_Named]) -> tuple[list[Source], list[Refused]]:
-    sources, refused = [], []
-    with ThreadPoolExecutor(_LOOKUPS) as pool:
-        for one, found in zip(named, pool.map(_find, named), strict=True):
-            if isinstance(found, Failure):
-                refused.append(Refused(one.source, found))
-                continue
-            source = replace(one.source, size=found.size, version=found.version)
-            if found.size == 0:
-                message = f"{describe(source)}: is 0 bytes; upload it again or remove it from the inputs"
-                refused.append(Refused(source, Failure("plan", "empty", message)))
-            else:
-                sources.append(source)
-    return sources, refused
+def _look(table: pa.Table, chosen: NDArray[np.bool_]) -> tuple[pa.Table, dict[int, Failure]]:
+    """The table with size and version of what had to be looked up, and what is wrong with rows that were asked for."""
+    unseen = chosen & table.column("version").is_null().to_numpy()
+    if "sha256" in table.column_names:
+        unseen &= table.column("sha256").is_null().to_numpy()
+    failures: dict[int, Failure] = {}
+    rows = np.flatnonzero(unseen)
+    if len(rows):
+        versions, sizes = list[str | None](), list[int | None]()
+        with ThreadPoolExecutor(_LOOKUPS) as pool:
+            for start in range(0, len(rows), _PIECE):
+                piece = rows[start : start + _PIECE]
+                for row, found in zip(piece.tolist(), pool.map(_find, sources_of(table, piece)), strict=True):
+                    if isinstance(found, Failure):
+                        failures[row] = found
+                    versions.append(None if isinstance(found, Failure) else found.version)
+                    sizes.append(None if isinstance(found, Failure) else found.size)
+        for name, values in (("version", versions), ("size", sizes)):
+            column = table.column(name).combine_chunks()
+            filled = pc.replace_with_mask(column, pa.array(unseen), pa.array(values, column.type))
+            table = table.set_column(table.column_names.index(name), name, filled)
+    bad = chosen & np.asarray(pc.fill_null(pc.less_equal(table.column("size"), 0), False))
+    for row, source in zip(np.flatnonzero(bad).tolist(), sources_of(table, np.flatnonzero(bad)), strict=True):
+        if source.size < 0:
+            failures[row] = _missing(source)
+        else:
+            message = f"{describe(source)}: is 0 bytes; upload it again or remove it from the inputs"
+            failures[row] = Failure("plan", "empty", message)
+    return table, failures
 
 
-def _find(named: _Named) -> store.ObjectInfo | Failure:
-    source = named.source
+def _find(source: Source) -> store.ObjectInfo | Failure:
     try:
-        found = named.found or store.find(source.uri)
+        found = store.find(source.uri)
     except StoreError as error:
         message = f"{describe(source)}: {error}"
         return Failure("plan", "unreachable" if error.retryable else "unreadable", message, error.retryable)
-    if found is None or found.size < 0:
-        message = f"{describe(source)}: does not exist; correct its name or remove it from the inputs"
-        return Failure("plan", "missing", message)
-    return found
+    return _missing(source) if found is None else found
+
+
+def _missing(source: Source) -> Failure:
+    message = f"{describe(source)}: does not exist; correct its name or remove it from the inputs"
+    return Failure("plan", "missing", message)

@@ -1,7 +1,8 @@
 """The run log: one row for each attempt at an image, as Parquet parts under ``<output>/_runs/<run id>/``.
 
-Parts are written whole and never rewritten, so a killed run leaves a readable log. docs/run-log.md describes each
-column; the ``setting_`` columns are generated from :class:`~supir_batch.types.Settings` and cannot drift from it.
+Parts are written whole and never rewritten, so a killed run leaves a readable log; :func:`compact` merges small ones
+of finished runs, under ``<output>/_runs/merged/``. docs/run-log.md describes each column; the ``setting_`` columns are
+generated from :class:`~supir_batch.types.Settings` and cannot drift from it.
 """
 
 from __future__ import annotations
@@ -9,19 +10,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import json
 import secrets
+import tempfile
 import time
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as pds
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from supir_batch import __version__, store
-from supir_batch.errors import StoreError
+from supir_batch.errors import StoreError, TransientStoreError
 from supir_batch.types import Outcome, Settings
 
 SCHEMA_VERSION = 1
@@ -128,7 +136,8 @@ def to_row(outcome: Outcome, run_id: str) -> dict[str, Any]:
         "uri": source.uri,
         "origin": source.origin,
         "source_version": source.version or None,
-        "source_bytes": source.size if source.version else None,
+        "source_sha256": source.sha256,
+        "source_bytes": source.size if source.version or facts is not None else None,
         "fingerprint": ticket.fingerprint or None,
         "settings_sha256": job.settings_sha256,
         "status": outcome.status,
@@ -224,98 +233,170 @@ class RunLog:
         self.close()
 
 
-def read_log(output_uri: str) -> pa.Table:
+def stream_log(output_uri: str, columns: Sequence[str] | None = None, rows: int = 2**18) -> Iterator[pa.Table]:
+    """The rows of all runs below ``output_uri``, in tables of about ``rows``, oldest run first.
+
+    Only ``columns`` are read; all of :data:`SCHEMA` when None. Raises StoreError when a part cannot be read, or was
+    written by a newer schema than this one, TransientStoreError when parts were merged meanwhile.
+    """
+    parts, _ = _parts(output_uri)
+    yield from _tables(output_uri, parts, SCHEMA, columns, rows)
+
+
+def read_log(output_uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """All rows of all runs below ``output_uri``, oldest first; an empty table when there was none.
 
-    Raises StoreError when a part cannot be read, or was written by a newer schema than this one.
+    Has ``columns``, all of :data:`SCHEMA` when None, which is much more than most need. Raises as ``stream_log``.
     """
-    parts = [found.uri for found in store.list_tree(store.join(output_uri, RUNS_FOLDER)) if _is_part(found.uri)]
-    if not parts:
-        return SCHEMA.empty_table()
-    places = [str(store.local_path(part)) for part in parts]
-    remote = None
-    if not store.is_local(output_uri):
-        remote = store.filesystem(output_uri)[0]
-        places = [store.filesystem(part)[1] for part in parts]
-    try:
-        dataset = pds.dataset(places, schema=SCHEMA, filesystem=remote, format="parquet")
-        _refuse_newer(dataset)
-        table = dataset.to_table()
-    except (pa.ArrowException, OSError) as error:
-        raise StoreError(f"{output_uri}: cannot read the run log: {error}; move the damaged part away") from error
-    return table.sort_by([("finished_at", "ascending"), ("run_id", "ascending")])
+    wanted = list(SCHEMA.names if columns is None else columns)
+    read = list(dict.fromkeys([*wanted, "finished_at", "run_id"]))
+    empty = pa.schema([SCHEMA.field(name) for name in read], metadata=SCHEMA.metadata).empty_table()
+    table = pa.concat_tables([empty, *stream_log(output_uri, read)])
+    return table.sort_by([("finished_at", "ascending"), ("run_id", "ascending")]).select(wanted)
 
 
-class DoneKey(NamedTuple):
-    """What must be equal for logged work to count for a source."""
-
-    id: str
-    uri: str
-    source_version: str
-    settings_sha256: str
+def newest(table: pa.Table, key: str) -> pa.Table:
+    """The last row of each value of the column ``key``, in their order; rows without a value are left out."""
+    return table.take(pa.array(_last(table.column(key))))
 
 
-class Done(NamedTuple):
-    """The output that logged work left."""
-
-    output_uri: str
-    output_sha256: str
-    fingerprint: str
-
-
-def done_index(table: pa.Table) -> dict[DoneKey, Done]:
-    """Which work is done, by the log alone. An output that later work has written over does not count."""
-    columns = ["status", *DoneKey._fields, *Done._fields]
-    latest: dict[str, tuple[DoneKey, Done]] = {}
-    for row in _iterate(table, columns):
-        if row["status"] == "done":
-            key = DoneKey(*(row[field] for field in DoneKey._fields))
-            latest[row["output_uri"]] = key, Done(*(row[field] for field in Done._fields))
-    return dict(latest.values())
-
-
-def newest_done(table: pa.Table, columns: Collection[str]) -> dict[str, dict[str, Any]]:
+def newest_done(table: pa.Table) -> dict[str, dict[str, Any]]:
     """The newest row that says ``done`` of each image, by the path of its output below the output folder, sorted.
 
     What must be there: an output of which the image has a newer one elsewhere, or that another image has written over,
-    is not among them. Rows have ``columns`` and ``output_path``: all of them would fill the memory.
+    is not among them. Rows have the table's columns: more than :data:`OF_OUTPUTS` and what is needed fill the memory.
     """
-    needed = list(dict.fromkeys(["status", "id", "output_path", *columns]))
-    by_path: dict[str, dict[str, Any]] = {}
-    path_of: dict[str, str] = {}
-    for row in _iterate(table, needed):
-        if row["status"] == "done" and row["output_path"] is not None:  # one that was only captioned has none
-            by_path[row["output_path"]] = row
-            path_of[row["id"]] = row["output_path"]
-    return {path: row for path, row in sorted(by_path.items()) if path_of[row["id"]] == path}
+    done = _with_output(table)
+    both = np.intersect1d(_last(done.column("output_path")), _last(done.column("id")))
+    rows = done.take(pa.array(both)).sort_by("output_path")
+    return {row["output_path"]: row for batch in rows.to_batches(max_chunksize=10_000) for row in batch.to_pylist()}
+
+
+OF_OUTPUTS = ("id", "status", "output_path")
+"""The columns by which ``newest_done`` and ``output_paths`` choose."""
 
 
 def output_paths(table: pa.Table) -> set[str]:
     """The path of every output that was ever made, below the output folder; some may be gone."""
-    rows = _iterate(table, ["status", "output_path"])
-    return {row["output_path"] for row in rows if row["status"] == "done" and row["output_path"] is not None}
+    return set(_with_output(table).column("output_path").unique().to_pylist())
 
 
-def last_attempts(table: pa.Table) -> dict[str, dict[str, Any]]:
-    """The newest row of each id (all columns that :mod:`supir_batch.plan` gives reasons from)."""
-    columns = ["id", "uri", "source_version", "settings_sha256", "status", "output_uri"]
-    columns += ["failure_kind", "failure_message", *(f"setting_{key}" for key in _SETTING_TYPES)]
-    return {row["id"]: row for row in _iterate(table, columns)}
+def failures(output_uri: str, causes: Collection[str] = ()) -> pa.Table:
+    """The newest attempt of each image where that failed, with one of ``causes`` (``failure_kind``) if any are given.
+
+    Columns ``id``, ``uri``, ``failure_kind``, ``failure_message``; oldest first. Raises as ``stream_log``.
+    """
+    columns = ["id", "uri", "failure_kind", "failure_message"]
+    last = newest(read_log(output_uri, [*columns, "status"]), "id")
+    failed = last.filter(pc.equal(last.column("status"), "failed")).select(columns)
+    return failed.filter(pc.is_in(failed.column("failure_kind"), pa.array(sorted(causes)))) if causes else failed
+
+
+# --- fewer, larger parts -------------------------------------------------------------------------------------------
+
+
+MERGED_FOLDER = "merged"
+"""Where merged parts lie, beside the folders of the runs."""
+
+_LARGE = 16 * 2**20  # bytes; a part of this size is not merged again
+_AT_ONCE = 64 * 2**20  # bytes of parts that become one
+
+
+def compact(output_uri: str, more_than: int = 64) -> int:
+    """Merge small parts into large ones when there are more than ``more_than`` small ones; returns how many went.
+
+    A merged part names those it replaces in its metadata (``replaces``), and who reads the log skips them from the
+    moment it is there, whole. They are deleted after that. So whenever this is killed no row is lost or seen twice, and
+    the next call goes on.
+
+    Call it only while no run writes there. Raises StoreError when a part cannot be read, written or deleted.
+    """
+    runs = store.join(output_uri, RUNS_FOLDER)
+    parts, replaced = _parts(output_uri)
+    for stale in replaced:  # first: what a merged part replaces must be gone before that is merged itself
+        store.delete(stale.uri)
+    small = [part for part in parts if part.size < _LARGE]
+    if len(small) <= more_than:
+        return 0
+    merged_away = 0
+    for group in _groups(small, _AT_ONCE):
+        if len(group) == 1:
+            continue
+        names = [store.relative_to(part.uri, runs) for part in group]
+        with tempfile.TemporaryDirectory(prefix="supir-batch-") as folder:
+            merged = Path(folder) / "part.parquet"
+            _merge(output_uri, group, merged, {"replaces": json.dumps(names)})
+            store.write_atomic(store.join(runs, MERGED_FOLDER, f"part-{new_run_id()}.parquet"), merged)
+        for part in group:
+            store.delete(part.uri)
+        merged_away += len(group)
+    return merged_away
+
+
+def _merge(output_uri: str, parts: Sequence[store.ObjectInfo], target: Path, metadata: Mapping[str, str]) -> None:
+    written = [fragment.physical_schema for fragment in _dataset(output_uri, parts, SCHEMA).get_fragments()]
+    # a later version may have written columns that this one does not know: they stay
+    schema = pa.unify_schemas([SCHEMA, *written]).with_metadata({**SCHEMA.metadata, **metadata})
+    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
+        for rows in _tables(output_uri, parts, schema, None, 2**16):
+            writer.write_table(rows)
 
 
 # --- inside --------------------------------------------------------------------------------------------------------
 
 
-def _iterate(table: pa.Table, columns: list[str]) -> Iterator[dict[str, Any]]:
-    for batch in table.select(columns).to_batches(max_chunksize=10_000):
-        yield from batch.to_pylist()
+def _last(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Where each value stands for the last time, ascending; nulls do not count."""
+    numbers = pc.index_in(column, column.drop_null().unique()).to_numpy(zero_copy_only=False)
+    backwards = np.nan_to_num(numbers, nan=-1)[::-1]
+    values, first = np.unique(backwards, return_index=True)
+    found: NDArray[np.int64] = np.sort(len(column) - 1 - first[values >= 0])
+    return found
 
 
-def _is_part(uri: str) -> bool:
-    return uri.endswith(".parquet") and not store.is_partial(uri)
+def _with_output(table: pa.Table) -> pa.Table:
+    """The rows of outputs that were made; one that was only captioned has none."""
+    return table.filter(pc.and_(pc.equal(table.column("status"), "done"), pc.is_valid(table.column("output_path"))))
 
 
-def _refuse_newer(dataset: Any) -> None:
+def _parts(output_uri: str) -> tuple[list[store.ObjectInfo], list[store.ObjectInfo]]:
+    """The parts that count, oldest run first, and those that a merged part replaces."""
+    runs = store.join(output_uri, RUNS_FOLDER)
+    found = [part for part in store.list_tree(runs) if part.uri.endswith(".parquet") and not store.is_partial(part.uri)]
+    merged = store.join(runs, MERGED_FOLDER) + "/"
+    replaced: set[str] = set()
+    for part in found:
+        if part.uri.startswith(merged):
+            replaced |= {store.join(runs, name) for name in _replaces(part)}
+    return [part for part in found if part.uri not in replaced], [part for part in found if part.uri in replaced]
+
+
+def _replaces(merged: store.ObjectInfo) -> list[str]:
+    with _reading(merged.uri):
+        (fragment,) = _dataset(merged.uri, [merged], SCHEMA).get_fragments()
+        names: list[str] = json.loads(fragment.physical_schema.metadata[b"replaces"])
+        return names
+
+
+def _groups(parts: Sequence[store.ObjectInfo], size: int) -> Iterator[list[store.ObjectInfo]]:
+    """Neighbors that together have ``size`` bytes or a little more."""
+    group: list[store.ObjectInfo] = []
+    for part in parts:
+        group.append(part)
+        if sum(one.size for one in group) >= size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _dataset(output_uri: str, parts: Sequence[store.ObjectInfo], schema: pa.Schema) -> Any:
+    """``parts`` as one Arrow dataset. Raises StoreError when one has a newer schema than this version knows."""
+    places, remote = [str(store.local_path(part.uri)) for part in parts], None
+    if not store.is_local(output_uri):
+        remote = store.filesystem(output_uri)[0]
+        places = [store.filesystem(part.uri)[1] for part in parts]
+    dataset = pds.dataset(places, schema=schema, filesystem=remote, format="parquet")
     for fragment in dataset.get_fragments():
         written = (fragment.physical_schema.metadata or {}).get(b"schema_version", b"0")
         if int(written) > SCHEMA_VERSION:
@@ -323,6 +404,35 @@ def _refuse_newer(dataset: Any) -> None:
                 f"{fragment.path}: has run-log schema {int(written)}, this version reads up to {SCHEMA_VERSION}; "
                 f"update supir-batch"
             )
+    return dataset
+
+
+def _tables(
+    output_uri: str, parts: Sequence[store.ObjectInfo], schema: pa.Schema, columns: Sequence[str] | None, rows: int
+) -> Iterator[pa.Table]:
+    """The rows in the order of the parts, ``rows`` or a little more at a time; a column that a part lacks is null."""
+    names, waiting, count = None if columns is None else list(columns), list[Any](), 0
+    with _reading(output_uri):
+        for group in _groups(parts, _LARGE):  # Arrow reads ahead, up to a gigabyte of one dataset
+            dataset = _dataset(output_uri, group, schema)
+            for batch in dataset.to_batches(columns=names, batch_size=2**16, batch_readahead=1, use_threads=False):
+                waiting.append(batch)
+                count += len(batch)
+                if count >= rows:
+                    yield pa.Table.from_batches(waiting)
+                    waiting, count = [], 0
+        if count:
+            yield pa.Table.from_batches(waiting)
+
+
+@contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise TransientStoreError(f"{uri}: parts of the run log were merged while it was read; try again") from error
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(f"{uri}: cannot read the run log: {error}; move the damaged part away") from error
 
 
 def _parquet(table: pa.Table) -> bytes:

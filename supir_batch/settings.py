@@ -113,12 +113,15 @@ class Output(_Section):
     @classmethod
     def _names_the_image(cls, naming: str) -> str:
         try:
-            fields = {field for _, field, _, _ in string.Formatter().parse(naming) if field is not None}
+            parsed = list(string.Formatter().parse(naming))
+            fields = {field for _, field, _, _ in parsed if field is not None}
         except ValueError as error:
             raise ValueError(f"is not a naming template ({error})") from error
         unknown = sorted(fields - set(NAMING_FIELDS))
         if unknown:
             raise ValueError(f"has no field {{{unknown[0]}}}; it knows {' '.join(f'{{{f}}}' for f in NAMING_FIELDS)}")
+        if any(form or conversion for _, _, form, conversion in parsed):
+            raise ValueError("must name its fields alone, without ':' or '!', such as {stem}")
         if not fields & {"stem", "id"}:
             raise ValueError("must contain {stem} or {id}, otherwise all outputs of a folder share one name")
         if "/" in naming or "\\" in naming or naming.startswith("."):

@@ -28,7 +28,8 @@ class Source:
 
     ``origin`` says where it was named (``list.csv:12`` or the input pattern), for messages.
     ``relative`` is its path below the input root, with extension; the output mirrors it.
-    ``version`` changes whenever the bytes behind ``uri`` may have changed (size and mtime, or an ETag).
+    ``version`` changes whenever the bytes behind ``uri`` may have changed (size and mtime, or an ETag); empty, with
+    ``size`` 0, while nobody has looked, because the manifest gives ``sha256``.
     """
 
     id: str

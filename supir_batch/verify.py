@@ -45,10 +45,10 @@ def verify(output_uri: str, anchors: bytes | None = None) -> Iterator[Checked]:
     Of each image the newest row that says ``done`` counts; an older output of it is known, but need not be there.
     Raises ManifestError if there is no log, StoreError if the output cannot be read.
     """
-    table = runlog.read_log(output_uri)
+    table = runlog.read_log(output_uri, (*runlog.OF_OUTPUTS, *_COLUMNS))
     if table.num_rows == 0:
         raise ManifestError(f"{output_uri}: holds no run log; give the output folder of a run, or its manifest")
-    rows = runlog.newest_done(table, _COLUMNS)
+    rows = runlog.newest_done(table)
     listed = store.join(output_uri, checksums.FILE_NAME)
     older = runlog.output_paths(table) - rows.keys()
     known = {listed, *(store.join(output_uri, name) for path in older for name in checksums.places(path))}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import uuid
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from supir_batch import runlog, store
 from supir_batch.errors import ManifestError
-from supir_batch.plan import Plan, make_plan
+from supir_batch.plan import Plan, Selection, make_plan
 from supir_batch.settings import Manifest, load_manifest
 from supir_batch.types import Failure, Job, Outcome, TileTicket
 from supir_model.config import TINY
@@ -33,17 +34,18 @@ class Archive:
 
     def plan(self, inputs: str | None = None, model: str = "model", **sections: Any) -> Plan:
         output = {"uri": str(self.output)} | sections.pop("output", {})
+        selection = sections.pop("selection", Selection())
         values = {"inputs": inputs or str(self.input), "output": output, **sections}
-        return make_plan(Manifest.model_validate(values), "m.yaml", model)
+        return make_plan(Manifest.model_validate(values), "m.yaml", model, selection=selection)
 
-    def did(self, job: Job, status: str = "done") -> None:
+    def did(self, job: Job, status: str = "done", kind: str = "truncated") -> None:
         """Log the job; write its output when it is done."""
         self.runs += 1
         failure = None
         if status == "done":
             store.write_atomic(f"{job.output_stem}.tif", b"restored")
         else:
-            failure = Failure("decode", "truncated", "a.tif: is cut off")
+            failure = Failure("decode", kind, "a.tif: is cut off")
         ticket = TileTicket(job=job, failure=failure, fingerprint="f")
         ended = Outcome(
             ticket,
@@ -85,7 +87,7 @@ def test_first_everything_is_new_and_nothing_is_written(archive: Archive) -> Non
 def test_then_nothing_is_to_do(archive: Archive) -> None:
     archive.did_all(archive.plan())
     plan = archive.plan()
-    assert plan.todo == ()
+    assert not plan.todo
     assert [entry.output_uri for entry in plan.done] == [
         str(archive.output / "a.tif"),
         str(archive.output / "box" / "b.tif"),
@@ -113,7 +115,7 @@ def test_going_back_to_old_settings_is_new_work_too(archive: Archive) -> None:
 
 def test_runtime_is_not_a_setting(archive: Archive) -> None:
     archive.did_all(archive.plan())
-    assert archive.plan(runtime={"actors": 4, "batch": 8}, name="other").todo == ()
+    assert not archive.plan(runtime={"actors": 4, "batch": 8}, name="other").todo
 
 
 def test_a_changed_source_is_new_work(archive: Archive) -> None:
@@ -274,3 +276,120 @@ def test_a_remote_archive_is_planned_like_a_local_one() -> None:
             log.append(runlog.to_row(ended, "run"))
     again = make_plan(manifest, f"{root}/m.yaml", "model")
     assert (len(again.todo), len(again.done)) == (0, 2)
+
+
+# --- who is not tried again, who is asked for, and in which order --------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["poison", "hang"])
+def test_what_kills_workers_or_hangs_is_tried_again_only_by_a_retry(archive: Archive, kind: str) -> None:
+    archive.did(archive.plan().todo[0].job, "failed", kind)
+    plan = archive.plan()
+    assert reasons(plan) == {"box/b.png": "new"}
+    ((job, reason),) = plan.quarantined
+    assert (job.source.id, reason) == ("a.tif", f"{kind}: a.tif: is cut off")
+    assert reasons(archive.plan(selection=Selection(retry=frozenset(["a.tif"])))) == {"a.tif": f"failed before: {kind}"}
+
+
+def test_other_settings_or_another_source_end_a_quarantine(archive: Archive) -> None:
+    archive.did(archive.plan().todo[0].job, "failed", "poison")
+    assert "a.tif" in reasons(archive.plan(engine={"steps": 7}))
+    archive.did(archive.plan(engine={"steps": 7}).todo[0].job, "failed", "truncated")
+    assert [entry.job.source.id for entry in archive.plan().quarantined] == ["a.tif"]  # as nothing has changed for it
+    archive.add("a.tif", data=b"other pixels")
+    assert reasons(archive.plan())["a.tif"] == "source changed"
+
+
+def test_what_was_done_after_all_is_done(archive: Archive) -> None:
+    job = archive.plan().todo[0].job
+    archive.did(job, "failed", "poison")
+    archive.did(job)
+    plan = archive.plan()
+    assert (len(plan.done), len(plan.quarantined)) == (1, 0)
+
+
+def test_only_and_except_choose_by_id(archive: Archive) -> None:
+    archive.add("box/sub/c.tif", "BOX.tif")
+
+    def chosen(*only: str, besides: tuple[str, ...] = ()) -> list[str]:
+        return list(reasons(archive.plan(selection=Selection(only, besides))))
+
+    assert chosen("box/*") == ["box/b.png", "box/sub/c.tif"]
+    assert chosen("*.tif", besides=("box/*", "a.*")) == ["BOX.tif"]
+    assert chosen("a.tif", "?OX.tif") == ["BOX.tif", "a.tif"]
+    with pytest.raises(ManifestError, match=r"no id is left of 4 by 'box'; plan --json shows the ids"):
+        chosen("box")
+
+
+def test_what_is_not_asked_for_is_not_looked_up_but_may_not_collide(archive: Archive) -> None:
+    archive.add("a.png")
+    (archive.input / "list.csv").write_text("uri\na.tif\ngone.tif\nbox/b.png\n")
+    plan = archive.plan(str(archive.input / "list.csv"), selection=Selection(only=("a.tif",)))
+    assert (len(plan.todo), len(plan.refused)) == (1, 0)
+    with pytest.raises(ManifestError, match="would both be written"):
+        archive.plan(selection=Selection(only=("a.tif",)))
+
+
+def test_a_seed_decides_the_order_also_of_what_is_left(archive: Archive) -> None:
+    archive.add(*(f"{i}.tif" for i in range(20)))
+
+    def order(seed: int | None) -> list[str]:
+        return [entry.job.source.id for entry in archive.plan(selection=Selection(shuffle_seed=seed)).todo]
+
+    first = order(1)
+    assert sorted(first) == sorted(order(None))
+    assert first != order(None)
+    assert first != order(2)
+    assert first == order(1)
+    for entry in archive.plan().todo[::2]:
+        archive.did(entry.job)
+    left = order(1)
+    assert left == [id for id in first if id in left]
+
+
+def test_a_list_with_hashes_is_not_looked_up(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
+    (archive.input / "list.csv").write_text(f"uri,sha256\na.tif,{'ab' * 32}\ngone.tif,{'cd' * 32}\n")
+    monkeypatch.setattr(store, "find", lambda uri: pytest.fail(f"{uri} was looked up"))
+    plan = archive.plan(str(archive.input / "list.csv"))
+    assert [(job.source.version, job.source.size) for job, _ in plan.todo] == [("", 0), ("", 0)]
+    archive.did_all(plan)
+    (archive.input / "a.tif").write_bytes(b"nobody looks")
+    assert len(archive.plan(str(archive.input / "list.csv")).done) == 2
+    (archive.input / "list.csv").write_text(f"uri,sha256\na.tif,{'ef' * 32}\ngone.tif,{'cd' * 32}\n")
+    assert reasons(archive.plan(str(archive.input / "list.csv"))) == {"a.tif": "source changed"}
+
+
+def test_outputs_are_found_by_one_listing(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive.did_all(archive.plan())
+    monkeypatch.setattr(store, "exists", lambda uri: uri == str(archive.input / "a.tif"))  # only inputs are asked for
+    monkeypatch.setattr(store, "info", lambda uri: pytest.fail(f"{uri} was looked up"))
+    assert len(archive.plan(str(archive.input / "a.tif")).done) == 1
+
+
+def test_an_output_that_another_image_wrote_over_is_not_done(archive: Archive) -> None:
+    first = archive.plan().todo[0].job
+    archive.did(first)
+    other = dataclasses.replace(first, source=dataclasses.replace(first.source, id="other"))
+    archive.did(other)
+    assert reasons(archive.plan())["a.tif"] == "output missing"
+
+
+def test_an_output_folder_that_moved_is_still_done(archive: Archive, tmp_path: Path) -> None:
+    archive.did_all(archive.plan())
+    archive.output.rename(tmp_path / "elsewhere")
+    archive.output = tmp_path / "elsewhere"
+    plan = archive.plan()
+    assert [entry.output_uri for entry in plan.done] == [
+        str(archive.output / "a.tif"),
+        str(archive.output / "box/b.tif"),
+    ]
+
+
+def test_jobs_are_made_when_asked_for(archive: Archive) -> None:
+    archive.add(*(f"{i:04}.tif" for i in range(1100)))
+    todo = archive.plan().todo
+    assert todo[-1].job.source.id == "box/b.png"
+    assert [entry.job.source.id for entry in todo[1098:]] == ["1098.tif", "1099.tif", "a.tif", "box/b.png"]
+    assert len(list(todo)) == len(todo) == 1102
+    with pytest.raises(IndexError):
+        todo[1102]

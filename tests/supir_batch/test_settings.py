@@ -124,7 +124,13 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, extra: str, message: 
 
 @pytest.mark.parametrize(
     ("naming", "message"),
-    [("{name}", "has no field {name}"), ("x", "must contain"), ("a/{stem}", "no slashes"), ("{", "is not a naming")],
+    [
+        ("{name}", "has no field {name}"),
+        ("x", "must contain"),
+        ("a/{stem}", "no slashes"),
+        ("{", "is not a naming"),
+        ("{stem:>9}", "must name its fields alone"),
+    ],
 )
 def test_naming(tmp_path: Path, naming: str, message: str) -> None:
     assert message in refusal(tmp_path, f"inputs: p\noutput: {{uri: o, naming: '{naming}'}}\n")[0]
