@@ -11,7 +11,7 @@ import shlex
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from supir_batch.driver import Limits, Summary
     from supir_batch.evaluate import Comparison, LeftOut
     from supir_batch.events import Talk
-    from supir_batch.plan import Plan
+    from supir_batch.plan import Plan, Selection
     from supir_batch.settings import Manifest
     from supir_batch.types import Job
     from supir_batch.verify import Problem
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 _SHOWN = 20  # entries of a list for people; --json has them all
 
 _EPILOG = (
-    "Exit codes: 0 all done; 1 internal error; 2 usage or manifest; 3 finished, but some images failed; "
+    "Exit codes: 0 all done; 1 internal error; 2 usage or manifest; "
+    "3 finished, but some images failed or are quarantined; "
     "4 stopped early, the same command resumes; 5 another run is writing to the output; 6 verify found a mismatch; "
     "130 / 143 stopped by a signal, the same command resumes."
 )
@@ -60,6 +61,28 @@ LogJsonOption = Annotated[
     ),
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray says, on stderr.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Restore at most this many images.")]
+MaxFailuresOption = Annotated[
+    str | None, typer.Option(metavar="N|N%", help="Stop when more images fail than this, of all that are to do.")
+]
+MaxDurationOption = Annotated[
+    str | None, typer.Option(metavar="TIME", help="Stop after 90s, 45m or 10h; images on their way are finished.")
+]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="GLOB", help="Only images whose id matches, such as 'box1/*'. Repeatable."),
+]
+ExceptOption = Annotated[
+    list[str] | None, typer.Option("--except", metavar="GLOB", help="No images whose id matches. Repeatable.")
+]
+ShuffleOption = Annotated[
+    int | None,
+    typer.Option("--shuffle-seed", min=0, metavar="N", help="Work in another order, the same for the same N."),
+]
+CauseOption = Annotated[
+    list[str] | None,
+    typer.Option("--cause", metavar="KIND", help="Only failures of this kind, as 'failures' shows it. Repeatable."),
+]
 AnchorsOption = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="Certificates (PEM) of those whose signatures are trusted."),
@@ -95,48 +118,96 @@ def _options(
 def run(
     manifest: ManifestArgument,
     overrides: SetOption = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Restore at most this many images.")] = None,
-    max_failures: Annotated[
-        str | None, typer.Option(metavar="N|N%", help="Stop when more images fail than this, of all that are to do.")
-    ] = None,
-    max_duration: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Stop after 90s, 45m or 10h; images on their way are finished.")
-    ] = None,
+    limit: LimitOption = None,
+    max_failures: MaxFailuresOption = None,
+    max_duration: MaxDurationOption = None,
+    only: OnlyOption = None,
+    besides: ExceptOption = None,
+    shuffle_seed: ShuffleOption = None,
     log_json: LogJsonOption = None,
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Restore what the manifest names and is not done yet."""
+    with _errors(debug):
+        from supir_batch.plan import Selection
+
+        selection = Selection(tuple(only or ()), tuple(besides or ()), shuffle_seed=shuffle_seed)
+    limits = (limit, max_failures, max_duration)
+    _restore("run", manifest, overrides, selection, limits, log_json, verbose, as_json, debug)
+
+
+@app.command(epilog=_EPILOG)
+def retry(
+    manifest: ManifestArgument,
+    cause: CauseOption = None,
+    overrides: SetOption = None,
+    limit: LimitOption = None,
+    max_failures: MaxFailuresOption = None,
+    max_duration: MaxDurationOption = None,
+    only: OnlyOption = None,
+    besides: ExceptOption = None,
+    shuffle_seed: ShuffleOption = None,
+    log_json: LogJsonOption = None,
+    verbose: VerboseOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Try those images again whose newest attempt failed, quarantined ones too, and no others."""
+    with _errors(debug):
+        from supir_batch import runlog
+        from supir_batch.plan import Selection
+
+        failed = runlog.failures(_load(manifest, overrides).output.uri, cause or ())
+        ids = frozenset(failed.column("id").to_pylist())
+        selection = Selection(tuple(only or ()), tuple(besides or ()), ids, shuffle_seed)
+    asked = [word for one in cause or [] for word in ("--cause", one)]
+    limits = (limit, max_failures, max_duration)
+    _restore("retry", manifest, overrides, selection, limits, log_json, verbose, as_json, debug, asked)
+
+
+def _restore(
+    command: str,
+    manifest: str,
+    overrides: list[str] | None,
+    selection: Selection,
+    limits: tuple[int | None, str | None, str | None],
+    log_json: str | None,
+    verbose: bool,
+    as_json: bool,
+    debug: bool,
+    options: Sequence[str] = (),
+) -> None:
     with _errors(debug), _talk(log_json, verbose) as talk:
         from supir_batch.driver import execute
 
-        limits = _limits(limit, max_failures, max_duration)
-        loaded, plan = _plan(manifest, overrides)
+        parsed = _limits(*limits)
+        loaded, plan = _plan(manifest, overrides, selection)
+        quarantined = f", {len(plan.quarantined)} quarantined" if plan.quarantined else ""
         if talk.people:
             typer.echo(
-                f"{len(plan.todo)} to do, {len(plan.done)} done before, {len(plan.refused)} refused"
+                f"{len(plan.todo)} to do, {len(plan.done)} done before, {len(plan.refused)} refused{quarantined}"
                 f"{_ignored(plan.ignored)}; output {plan.output_uri}",
                 err=True,
             )
             for reason, count in list(plan.changed.items())[:_SHOWN]:
                 typer.echo(f"{count} again, {reason}", err=True)
-        summary = execute(loaded, manifest, plan, limits, talk)
+        summary = execute(loaded, manifest, plan, parsed, talk)
         if summary.error is not None and talk.people:
             _complain(summary.error, debug)
-        again = ["supir-batch", "run", manifest]
-        again += [word for override in overrides or [] for word in ("--set", override)]
-        flags = {
-            "--limit": limit,
-            "--max-failures": max_failures,
-            "--max-duration": max_duration,
-            "--log-json": log_json,
-        }
+        same = [word for override in overrides or [] for word in ("--set", override)]
+        same += [word for one in selection.only for word in ("--only", one)]
+        same += [word for one in selection.besides for word in ("--except", one)]
+        again = ["supir-batch", command, manifest, *options, *same]
+        flags = dict(zip(("--limit", "--max-failures", "--max-duration"), limits, strict=True))
+        flags |= {"--shuffle-seed": selection.shuffle_seed, "--log-json": log_json}
         again += [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
         if as_json:
             typer.echo(json.dumps(_summary_data(summary)))
         else:
-            typer.echo(_summary_text(summary, shlex.join(again)))
+            retried = shlex.join(["supir-batch", "retry", manifest, *same])
+            typer.echo(_summary_text(summary, shlex.join(again), retried))
         raise typer.Exit(summary.exit_code)
 
 
@@ -219,11 +290,18 @@ def caption(
 
 @app.command("plan")
 def show_plan(
-    manifest: ManifestArgument, overrides: SetOption = None, as_json: JsonOption = False, debug: DebugOption = False
+    manifest: ManifestArgument,
+    overrides: SetOption = None,
+    only: OnlyOption = None,
+    besides: ExceptOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Show what a run would do, what is done, and what is refused and why. Writes nothing."""
+    """Show what a run would do, what is done, and what is refused or quarantined and why. Writes nothing."""
     with _errors(debug):
-        _, plan = _plan(manifest, overrides)
+        from supir_batch.plan import Selection
+
+        _, plan = _plan(manifest, overrides, Selection(tuple(only or ()), tuple(besides or ())))
         typer.echo(json.dumps(_plan_data(plan)) if as_json else _plan_text(plan))
 
 
@@ -233,6 +311,24 @@ def status(output: OutputArgument, as_json: JsonOption = False, debug: DebugOpti
     with _errors(debug):
         data = _status_data(_output_uri(output))
         typer.echo(json.dumps(data) if as_json else _status_text(data))
+
+
+@app.command()
+def failures(
+    output: OutputArgument, cause: CauseOption = None, as_json: JsonOption = False, debug: DebugOption = False
+) -> None:
+    """List the images whose newest attempt failed, from the run log: id, cause and message, separated by tabs."""
+    with _errors(debug):
+        from supir_batch import runlog
+
+        failed = runlog.failures(_output_uri(output), cause or ())
+        rows = failed.rename_columns(["id", "uri", "cause", "message"]).to_pylist()
+        if as_json:
+            typer.echo(json.dumps(rows))
+            return
+        for row in rows:
+            typer.echo("\t".join(" ".join(str(row[name]).split()) for name in ("id", "cause", "message")))
+        typer.echo(f"{len(rows)} failed", err=True)
 
 
 @app.command()
@@ -420,7 +516,7 @@ def _limits(limit: int | None, max_failures: str | None, max_duration: str | Non
 
 
 def _jobs_to_evaluate(plan: Plan, limit: int | None) -> list[Job]:
-    jobs = [todo.job for todo in plan.todo][:limit]
+    jobs = [todo.job for todo in plan.todo[:limit]]
     if not jobs and plan.refused:
         raise ManifestError("\n".join(refused.failure.message for refused in plan.refused[:_SHOWN]))
     if not jobs:
@@ -596,13 +692,13 @@ def _pairs(overrides: list[str] | None) -> dict[str, str]:
     return pairs
 
 
-def _plan(manifest_uri: str, overrides: list[str] | None) -> tuple[Manifest, Plan]:
+def _plan(manifest_uri: str, overrides: list[str] | None, selection: Selection | None = None) -> tuple[Manifest, Plan]:
     loaded = _load(manifest_uri, overrides)
-    return loaded, _plan_of(loaded, manifest_uri)
+    return loaded, _plan_of(loaded, manifest_uri, selection)
 
 
-def _plan_of(loaded: Manifest, manifest_uri: str) -> Plan:
-    from supir_batch.plan import make_plan
+def _plan_of(loaded: Manifest, manifest_uri: str, selection: Selection | None = None) -> Plan:
+    from supir_batch.plan import Selection, make_plan
 
     model_sha256, captioner_identity = "", ""
     if loaded.engine.name == "supir":
@@ -611,7 +707,7 @@ def _plan_of(loaded: Manifest, manifest_uri: str) -> Plan:
         model_sha256 = model_folder.model_sha256(loaded.engine.weights)
         if loaded.caption.mode == "llava" and loaded.caption.model is not None:
             captioner_identity = captioner.identity(loaded.caption.model, loaded.caption.revision)
-    return make_plan(loaded, manifest_uri, model_sha256, captioner_identity)
+    return make_plan(loaded, manifest_uri, model_sha256, captioner_identity, selection or Selection())
 
 
 def _output_uri(output: str) -> str:
@@ -636,6 +732,7 @@ def _summary_data(summary: Summary) -> dict[str, Any]:
         "recovered": summary.recovered,
         "failed": dict(summary.failed),
         "skipped": summary.skipped,
+        "quarantined": summary.quarantined,
         "left": summary.left,
         "seconds": round(summary.seconds, 3),
         "stopped_by_signal": summary.stopped_by,
@@ -645,13 +742,15 @@ def _summary_data(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _summary_text(summary: Summary, again: str) -> str:
+def _summary_text(summary: Summary, again: str, retry: str) -> str:
     from supir_batch.progress import duration
 
     recovered = f" ({summary.recovered} of them committed by an earlier run)" if summary.recovered else ""
     lines = [f"done     {summary.done}{recovered}"]
     if summary.failed:
         lines.append(f"failed   {sum(summary.failed.values())} ({_counts(summary.failed)})")
+    if summary.quarantined:
+        lines.append(f"kept out {summary.quarantined} quarantined: workers died in them, or they did not end in time")
     lines.append(f"skipped  {summary.skipped} done before")
     if summary.left:
         lines.append(f"left     {summary.left}")
@@ -664,6 +763,8 @@ def _summary_text(summary: Summary, again: str) -> str:
         lines.append(f"next     {again}")
     elif summary.failed:
         lines.append(f"next     {again}   (tries the failed images again)")
+    elif summary.quarantined:
+        lines.append(f"next     {retry}   (tries the quarantined images again)")
     else:
         lines.append(f"next     {shlex.join(['supir-batch', 'report', summary.output_uri])}")
     return "\n".join(lines)
@@ -711,6 +812,9 @@ def _plan_data(plan: Plan) -> dict[str, Any]:
             {"id": job.source.id, "uri": job.source.uri, "kind": failure.kind, "message": failure.message}
             for job, failure in plan.refused
         ],
+        "quarantined": [
+            {"id": job.source.id, "uri": job.source.uri, "reason": reason} for job, reason in plan.quarantined
+        ],
         "ignored": dict(plan.ignored),
     }
 
@@ -722,6 +826,10 @@ def _plan_text(plan: Plan) -> str:
     lines += [f"done     {len(plan.done)}", f"refused  {len(plan.refused)}"]
     lines += [f"  {failure.message}" for _, failure in plan.refused[:_SHOWN]]
     lines += _more(len(plan.refused), "refused")
+    if plan.quarantined:
+        lines.append(f"quarantined  {len(plan.quarantined)}; only retry tries them again")
+        lines += [f"  {job.source.uri}: {reason}" for job, reason in plan.quarantined[:_SHOWN]]
+        lines += _more(len(plan.quarantined), "quarantined")
     if plan.ignored:
         lines.append(f"ignored  {sum(plan.ignored.values())} ({_counts(plan.ignored)})")
     lines.append(f"output   {plan.output_uri}")
@@ -735,23 +843,20 @@ def _plan_text(plan: Plan) -> str:
 def _status_data(output_uri: str) -> dict[str, Any]:
     from supir_batch import runlog
 
-    rows = runlog.read_log(output_uri).select(
-        ["run_id", "id", "uri", "status", "recovered", "failure_kind", "failure_message", "finished_at"]
-    )
-    if rows.num_rows == 0:
+    log = runlog.read_log(output_uri, ("run_id", "id", "status", "recovered"))
+    if log.num_rows == 0:
         raise ManifestError(f"{output_uri}: holds no run log; give the output folder of a run, or its manifest")
     runs: dict[str, Counter[str]] = {}
-    latest: dict[str, dict[str, Any]] = {}
-    for row in rows.to_pylist():
+    for row in log.group_by(["run_id", "status", "recovered"]).aggregate([([], "count_all")]).to_pylist():
         counts = runs.setdefault(row["run_id"], Counter(done=0, recovered=0, failed=0))
-        counts[row["status"]] += 1
-        counts["recovered"] += bool(row["recovered"])
-        latest[row["id"]] = row
-    failed = [row for row in latest.values() if row["status"] == "failed"]
+        counts[row["status"]] += row["count_all"]
+        counts["recovered"] += row["count_all"] if row["recovered"] else 0
+    images = runlog.newest(log, "id").num_rows
+    failed = runlog.failures(output_uri).to_pylist()
     return {
         "output": output_uri,
-        "images": len(latest),
-        "done": len(latest) - len(failed),
+        "images": images,
+        "done": images - len(failed),
         "failed": dict(Counter(row["failure_kind"] for row in failed).most_common()),
         "failures": [
             {"id": row["id"], "uri": row["uri"], "kind": row["failure_kind"], "message": row["failure_message"]}

@@ -51,12 +51,14 @@ class Summary:
     seconds: float
     stopped_by: int | None = None  # signal number, of the second signal: the first lets images in flight finish
     error: Exception | None = None  # what ended the run early
+    quarantined: int = 0  # not tried again; a retry does
     reason: str = ""  # why the run let no more images in; "" if it did not stop by itself or by a first signal
 
     @property
     def exit_code(self) -> int:
         """0 all done, 3 some failed, 4 stopped early and resumable, 128 + signal."""
-        return exit_code(self.stopped_by, self.error is not None or self.left > 0, bool(self.failed))
+        some_failed = bool(self.failed) or self.quarantined > 0
+        return exit_code(self.stopped_by, self.error is not None or self.left > 0, some_failed)
 
 
 @dataclass(frozen=True)
@@ -157,13 +159,16 @@ def _execute(
     events: Events,
     talk: Talk,
 ) -> Summary:
-    jobs = [entry.job for entry in plan.todo][: limits.images]
+    jobs = [entry.job for entry in plan.todo[: limits.images]]
     started = time.monotonic()
     if not jobs and not plan.refused:
         checksums.renew(plan.output_uri)  # a killed run left none
-        return Summary(plan.output_uri, "", 0, 0, {}, len(plan.done), len(plan.todo), 0.0)
+        return Summary(
+            plan.output_uri, "", 0, 0, {}, len(plan.done), len(plan.todo), 0.0, quarantined=len(plan.quarantined)
+        )
     folder = runlog.run_folder(plan.output_uri, run_id)
     store.remove_partials(plan.output_uri)
+    runlog.compact(plan.output_uri)
     checksums.remove(plan.output_uri)
     store.write_atomic(store.join(folder, "manifest.yaml"), _annotated(manifest, manifest_uri))
 
@@ -216,6 +221,7 @@ def _execute(
         skipped=len(plan.done),
         left=len(plan.todo) - attempted,
         seconds=time.monotonic() - started,
+        quarantined=len(plan.quarantined),
         stopped_by=stopped_by,
         error=stop_error,
         reason=stop.reason,

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,7 +19,7 @@ from typer.testing import CliRunner, Result
 from supir_batch import __version__, driver, runlog, store
 from supir_batch.cli import app
 from supir_batch.errors import EngineError, LeaseError, TransientStoreError
-from supir_batch.types import Job, Outcome, TileTicket
+from supir_batch.types import Failure, Job, Outcome, TileTicket
 from supir_model.config import TINY
 
 
@@ -288,3 +290,114 @@ def test_exit_codes() -> None:
 
     assert [code(), code(failed={"x": 1}), code(left=1), code(left=1, failed={"x": 1})] == [0, 3, 4, 4]
     assert [code(error=ValueError()), code(stopped_by=2), code(stopped_by=15)] == [4, 130, 143]
+
+
+# --- failures and retry --------------------------------------------------------------------------------------------
+
+
+def failing(**kinds: str) -> Callable[[Sequence[Job], OnRow, str], None]:
+    """Work at which the images of these stems fail, with these kinds."""
+
+    def work(jobs: Sequence[Job], on_row: OnRow, run_id: str) -> None:
+        for job in jobs:
+            row = finish(job, run_id)
+            kind = kinds.get(Path(job.source.id).stem)
+            if kind is not None:
+                message = f"{job.source.id}: it\nbroke"
+                failure = Failure("decode", kind, message)
+                ended = Outcome(TileTicket(job, failure=failure), "failed", finished_at="2025-12-31T00:00:00")
+                row = runlog.to_row(ended, run_id)
+            on_row(row)
+
+    return work
+
+
+def test_failures_are_listed_one_a_line(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_pipeline(monkeypatch, failing(a="truncated", b="poison"))
+    cli("run", str(archive / "m.yaml"))
+    result = cli("failures", str(archive / "out"))
+    assert result.stdout == "a.tif\ttruncated\ta.tif: it broke\nb.png\tpoison\tb.png: it broke\n"
+    assert cli("failures", str(archive / "out"), "--cause", "poison").stdout.startswith("b.png\tpoison")
+    assert cli("failures", str(archive / "out"), "--cause", "x").stdout == ""
+    (one, _) = json.loads(cli("failures", str(archive / "m.yaml"), "--json").stdout)
+    uri = str(archive / "in" / "a.tif")
+    assert one == {"id": "a.tif", "uri": uri, "cause": "truncated", "message": "a.tif: it\nbroke"}
+
+
+def test_retry_tries_what_failed_and_nothing_else(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (archive / "in" / "c.tif").write_bytes(b"pixels")
+    (archive / "in" / "d.tif").write_bytes(b"pixels")
+    manifest = str(archive / "m.yaml")
+    with_pipeline(monkeypatch, failing(a="truncated", b="poison"))
+    assert cli("run", manifest, "--except", "d.*").exit_code == 3
+    (archive / "in" / "e.tif").write_bytes(b"pixels")  # new since: no work of a retry
+
+    tried: list[str] = []
+
+    def remember(jobs: Sequence[Job], on_row: OnRow, run_id: str) -> None:
+        tried.extend(job.source.id for job in jobs)
+        all_done(jobs, on_row, run_id)
+
+    with_pipeline(monkeypatch, remember)
+    assert cli("retry", manifest, "--cause", "disk").exit_code == 0
+    assert tried == []
+    assert cli("retry", manifest, "--cause", "poison").exit_code == 0
+    assert tried == ["b.png"]
+    assert cli("retry", manifest).exit_code == 0
+    assert tried == ["b.png", "a.tif"]
+    assert cli("failures", str(archive / "out")).stdout == ""
+
+
+def test_a_run_of_nothing_but_quarantined_images_says_so_and_exits_3(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = str(archive / "m.yaml")
+    with_pipeline(monkeypatch, failing(a="hang", b="truncated"))
+    assert cli("run", manifest).exit_code == 3
+    with_pipeline(monkeypatch, all_done)
+    again = cli("run", manifest)
+    assert (again.exit_code, "1 to do, 0 done before, 0 refused, 1 quarantined" in again.stderr) == (3, True)
+    last = cli("run", manifest)
+    assert last.exit_code == 3
+    assert "kept out 1 quarantined" in last.stdout
+    assert f"next     supir-batch retry {manifest}   (tries the quarantined images again)" in last.stdout
+    assert json.loads(cli("run", manifest, "--json").stdout)["quarantined"] == 1
+    assert "quarantined  1; only retry tries them again\n" in cli("plan", manifest).stdout
+    (entry,) = json.loads(cli("plan", manifest, "--json").stdout)["quarantined"]
+    assert (entry["id"], entry["reason"]) == ("a.tif", "hang: a.tif: it\nbroke")
+    assert cli("retry", manifest).exit_code == 0
+    assert cli("run", manifest).exit_code == 0
+
+
+def test_only_and_shuffle_come_back_in_the_next_command(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (archive / "in" / "a2.tif").write_bytes(b"pixels")
+    with_pipeline(monkeypatch, all_done)
+    result = cli("run", str(archive / "m.yaml"), "--only", "a*", "--shuffle-seed", "3", "--limit", "1")
+    assert result.exit_code == 4
+    assert f"next     supir-batch run {archive}/m.yaml --only 'a*' --limit 1 --shuffle-seed 3" in result.stdout
+    assert "no id is left of 3 by 'z*'" in cli("plan", str(archive / "m.yaml"), "--only", "z*").stderr
+
+
+def test_what_is_known_from_the_log_needs_no_ray(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_pipeline(monkeypatch, failing(a="truncated"))
+    cli("run", str(archive / "m.yaml"))
+    for command in (["status", "out"], ["failures", "out"], ["retry", "m.yaml", "--cause", "none"], ["plan", "m.yaml"]):
+        code = (
+            "import sys; from supir_batch.cli import app; "
+            f"app({command!r}, standalone_mode=False); print([m for m in ('ray', 'torch') if m in sys.modules])"
+        )
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=archive)
+        assert ran.stdout.splitlines()[-1] == "[]"
+
+
+def test_many_parts_are_merged_by_the_next_run(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_pipeline(monkeypatch, all_done)
+    cli("run", str(archive / "m.yaml"))
+    (part,) = (archive / "out" / "_runs").glob("*/*.parquet")
+    for number in range(1, 80):
+        shutil.copy(part, part.with_name(f"part-{number:05d}.parquet"))
+    assert cli("run", str(archive / "m.yaml")).exit_code == 0
+    assert len(list((archive / "out" / "_runs").glob("*/*.parquet"))) == 80  # nothing to do, nothing written
+    cli("run", str(archive / "m.yaml"), "--set", "engine.upscale=2")
+    assert len(list((archive / "out" / "_runs").glob("*/*.parquet"))) == 2
+    assert runlog.read_log(str(archive / "out")).num_rows == 162
