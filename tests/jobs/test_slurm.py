@@ -85,8 +85,8 @@ def test_a_night_on_two_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
         photograph(tmp_path / f"in/{i}.png", 64, 48, seed=i)
     path = manifest(tmp_path, engine={"name": "lanczos", "upscale": 2})
     with job(path, slurm) as started:
-        told, said = started.communicate(timeout=300)
-        wait_for(lambda: not left_of(started.pid), 30, lambda: str(left_of(started.pid)))
+        told, said = started.communicate(timeout=600)
+        wait_for(lambda: not left_of(started.pid), 120, lambda: str(left_of(started.pid)))
     assert started.returncode == 0, said
     assert json.loads(told.splitlines()[-1])["done"] == 4
     assert len(images(tmp_path / "out")) == 4
@@ -102,10 +102,10 @@ def test_a_job_that_is_ended_early_drains(slurm: dict[str, str], tmp_path: Path)
         photograph(tmp_path / f"in/{i:02d}.png", 400, 300, seed=i)
     path, out = manifest(tmp_path, engine={"name": "lanczos", "upscale": 2}, runtime={"images_in_flight": 4}), "out"
     with job(path, slurm) as started:
-        wait_for(lambda: started.poll() is not None or ((tmp_path / out).exists() and images(tmp_path / out)), 240)
+        wait_for(lambda: started.poll() is not None or ((tmp_path / out).exists() and images(tmp_path / out)), 600)
         started.send_signal(signal.SIGTERM)  # to the script alone, as --signal=B: does
-        _, said = started.communicate(timeout=300)
-        wait_for(lambda: not left_of(started.pid), 30, lambda: str(left_of(started.pid)))
+        _, said = started.communicate(timeout=600)
+        wait_for(lambda: not left_of(started.pid), 120, lambda: str(left_of(started.pid)))
     assert started.returncode == 4, said
     events = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     assert "SIGTERM was received" in next(event for event in events if event["event"] == "drain")["message"]

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from socket import create_connection, create_server
 
-from swift.common.ring import RingBuilder
-
 REGION = "eu-north-1"
 _START_S = 60.0
 _SERVICE = """
@@ -27,6 +25,16 @@ PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with the tests, however they end (Linux, as Swift)
 from swift.{package}.server import main
 sys.exit(main())
+"""
+# Nothing of Swift is imported here: its eventlet would have every later fork of the tests warn.
+_RING = """
+import sys
+from swift.common.ring import RingBuilder
+builder = RingBuilder(part_power=2, replicas=1, min_part_hours=0)
+device = {"region": 1, "zone": 1, "ip": "127.0.0.1", "port": int(sys.argv[2]), "device": "disk", "weight": 1.0}
+builder.add_dev(device)
+builder.rebalance(seed=1)
+builder.get_ring().save(sys.argv[1])
 """
 
 # One replica on one device. A listing is up to date when a put is answered, however busy the machine is, and comes in
@@ -130,10 +138,8 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _ring(path: Path, port: int) -> None:
-    builder = RingBuilder(part_power=2, replicas=1, min_part_hours=0)
-    builder.add_dev({"region": 1, "zone": 1, "ip": "127.0.0.1", "port": port, "device": "disk", "weight": 1.0})
-    builder.rebalance(seed=1)
-    builder.get_ring().save(str(path))
+    command = [sys.executable, "-W", "ignore", "-c", _RING, str(path), str(port)]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
 
 
 @contextmanager
