@@ -20,6 +20,7 @@ from PIL import Image
 
 from supir_batch import checksums, driver, pipeline, runlog
 from supir_batch.errors import ManifestError
+from supir_batch.events import Talk
 from supir_batch.plan import Plan, RefusedJob, Todo
 from supir_batch.runlog import RunLog
 from supir_batch.settings import Manifest
@@ -113,7 +114,7 @@ def test_a_list_that_no_run_wrote_is_left_alone(
     refused = RefusedJob(make_job(tmp_path / "a.png"), Failure("plan", "x", "x"))
     for plan in (Plan(str(output), (), (), (), {}), Plan(str(output), (), (), (refused,), {})):
         with pytest.raises(ManifestError, match=r"checksum\.sha256: is not a list that a run wrote.*move it away"):
-            driver.execute(manifest, str(tmp_path / "m.yaml"), plan, driver.Limits())
+            driver.execute(manifest, str(tmp_path / "m.yaml"), plan, driver.Limits(), Talk())
     assert (output / checksums.FILE_NAME).read_bytes() == foreign
     assert sorted(output.rglob("*")) == before
 
@@ -150,7 +151,7 @@ def test_of_two_rows_of_one_image_the_later_is_true_and_one_counts(
     (tmp_path / "m.yaml").write_text("inputs: x")
     manifest = Manifest.model_validate({"inputs": [str(tmp_path)], "output": {"uri": str(tmp_path / "out")}})
     plan = Plan(str(tmp_path / "out"), (Todo(outcome.ticket.job, "new"),), (), (), {})
-    summary = driver.execute(manifest, str(tmp_path / "m.yaml"), plan, driver.Limits())
+    summary = driver.execute(manifest, str(tmp_path / "m.yaml"), plan, driver.Limits(), Talk())
     assert (summary.done, summary.left, summary.exit_code) == (1, 0, 0)
     assert runlog.read_log(str(tmp_path / "out")).num_rows == 3
     assert [problem for checked in verify(str(tmp_path / "out")) for problem in checked.problems] == []
@@ -159,5 +160,5 @@ def test_of_two_rows_of_one_image_the_later_is_true_and_one_counts(
 def test_a_run_with_nothing_to_do_brings_back_what_a_killed_one_lacks(tmp_path: Path, output: Path) -> None:
     manifest = Manifest.model_validate({"inputs": [str(tmp_path)], "output": {"uri": str(output)}})
     plan = Plan(str(output), (), (), (), {})
-    assert driver.execute(manifest, "m.yaml", plan, driver.Limits()).exit_code == 0
+    assert driver.execute(manifest, "m.yaml", plan, driver.Limits(), Talk()).exit_code == 0
     assert sha256sum(output).returncode == 0
