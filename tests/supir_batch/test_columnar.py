@@ -84,7 +84,8 @@ def one_by_one(path: Path, numbered: Sequence[tuple[int, dict[str, Any]]], stric
             problems += [f"{origin}: {line}" for line in _row_problems(error)]
         except StoreError as error:
             problems.append(f"{origin}: {error}")
-    return "\n".join(problems) if problems else sources
+    more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+    return "\n".join([*problems[:20], *more]) if problems else sources
 
 
 def without_duplicates(sources: Sequence[Source]) -> bool:
