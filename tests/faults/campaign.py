@@ -33,7 +33,7 @@ from tests.runs import COMMAND, manifest, photograph
 from tests.servers.faulty_proxy import Faults, faulty_proxy
 from tests.servers.swift import swift_server
 
-IMAGES = 16
+IMAGES = 12
 FAULTS = Faults(unavailable=0.04, reset=0.02, cut_request=0.02, cut_response=0.02, latency_s=0.05)
 TARGETS = {"driver": 4, "actor": 3, "worker": 4, "ledger": 1, "node": 2}  # and how often, relative to each other
 QUARANTINED = ("poison", "hang")

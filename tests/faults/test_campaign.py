@@ -11,6 +11,6 @@ from tests.faults.campaign import campaign
 
 @pytest.mark.slow
 def test_whatever_is_killed_every_image_is_committed_once_and_logged(tmp_path: Path) -> None:
-    figures = campaign(tmp_path, kills=6, seed=20260131)
+    figures = campaign(tmp_path, kills=2, seed=20260131)
     assert figures.wrong == []
-    assert sum(figures.kills.values()) == 6
+    assert sum(figures.kills.values()) == 2
