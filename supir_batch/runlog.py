@@ -16,7 +16,7 @@ import tempfile
 import time
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -334,7 +334,8 @@ def compact(output_uri: str, more_than: int = 64) -> int:
 
 
 def _merge(output_uri: str, parts: Sequence[store.ObjectInfo], target: Path, metadata: Mapping[str, str]) -> None:
-    written = [fragment.physical_schema for fragment in _dataset(output_uri, parts, SCHEMA).get_fragments()]
+    with _dataset(parts, SCHEMA) as dataset:
+        written = [fragment.physical_schema for fragment in dataset.get_fragments()]
     # a later version may have written columns that this one does not know: they stay
     schema = pa.unify_schemas([SCHEMA, *written]).with_metadata({**SCHEMA.metadata, **metadata})
     with pq.ParquetWriter(target, schema, compression="zstd") as writer:
@@ -372,8 +373,8 @@ def _parts(output_uri: str) -> tuple[list[store.ObjectInfo], list[store.ObjectIn
 
 
 def _replaces(merged: store.ObjectInfo) -> list[str]:
-    with _reading(merged.uri):
-        (fragment,) = _dataset(merged.uri, [merged], SCHEMA).get_fragments()
+    with _reading(merged.uri), _dataset([merged], SCHEMA) as dataset:
+        (fragment,) = dataset.get_fragments()
         names: list[str] = json.loads(fragment.physical_schema.metadata[b"replaces"])
         return names
 
@@ -390,21 +391,30 @@ def _groups(parts: Sequence[store.ObjectInfo], size: int) -> Iterator[list[store
         yield group
 
 
-def _dataset(output_uri: str, parts: Sequence[store.ObjectInfo], schema: pa.Schema) -> Any:
-    """``parts`` as one Arrow dataset. Raises StoreError when one has a newer schema than this version knows."""
-    places, remote = [str(store.local_path(part.uri)) for part in parts], None
-    if not store.is_local(output_uri):
-        remote = store.filesystem(output_uri)[0]
-        places = [store.filesystem(part.uri)[1] for part in parts]
-    dataset = pds.dataset(places, schema=schema, filesystem=remote, format="parquet")
-    for fragment in dataset.get_fragments():
-        written = (fragment.physical_schema.metadata or {}).get(b"schema_version", b"0")
-        if int(written) > SCHEMA_VERSION:
-            raise StoreError(
-                f"{fragment.path}: has run-log schema {int(written)}, this version reads up to {SCHEMA_VERSION}; "
-                f"update supir-batch"
+@contextmanager
+def _dataset(parts: Sequence[store.ObjectInfo], schema: pa.Schema) -> Iterator[Any]:
+    """``parts`` as one Arrow dataset, of local copies, because only the store knows how to try again.
+
+    Raises StoreError when one has a newer schema than this version knows.
+    """
+    with ExitStack() as stack:
+        places = [
+            str(
+                store.local_path(part.uri)
+                if store.is_local(part.uri)
+                else stack.enter_context(store.local_copy(part.uri))
             )
-    return dataset
+            for part in parts
+        ]
+        dataset = pds.dataset(places, schema=schema, format="parquet")
+        for part, fragment in zip(parts, dataset.get_fragments(), strict=True):
+            written = (fragment.physical_schema.metadata or {}).get(b"schema_version", b"0")
+            if int(written) > SCHEMA_VERSION:
+                raise StoreError(
+                    f"{part.uri}: has run-log schema {int(written)}, this version reads up to {SCHEMA_VERSION}; "
+                    f"update supir-batch"
+                )
+        yield dataset
 
 
 def _tables(
@@ -414,13 +424,13 @@ def _tables(
     names, waiting, count = None if columns is None else list(columns), list[Any](), 0
     with _reading(output_uri):
         for group in _groups(parts, _LARGE):  # Arrow reads ahead, up to a gigabyte of one dataset
-            dataset = _dataset(output_uri, group, schema)
-            for batch in dataset.to_batches(columns=names, batch_size=2**16, batch_readahead=1, use_threads=False):
-                waiting.append(batch)
-                count += len(batch)
-                if count >= rows:
-                    yield pa.Table.from_batches(waiting)
-                    waiting, count = [], 0
+            with _dataset(group, schema) as dataset:
+                for batch in dataset.to_batches(columns=names, batch_size=2**16, batch_readahead=1, use_threads=False):
+                    waiting.append(batch)
+                    count += len(batch)
+                    if count >= rows:
+                        yield pa.Table.from_batches(waiting)
+                        waiting, count = [], 0
         if count:
             yield pa.Table.from_batches(waiting)
 

@@ -144,10 +144,10 @@ def test_of_two_rows_of_one_image_the_later_is_true_and_one_counts(
     written = pa.Table.from_pylist([row, early, row], schema=runlog.SCHEMA)
     rows = SimpleNamespace(iter_batches=lambda **_: [written])
 
-    def stream(manifest: Manifest, run_id: str, jobs: list[Any], on_row: OnRow, stop: driver.Stop) -> None:
-        pipeline._collect(rows, SimpleNamespace(retire=print), {}, on_row)  # type: ignore[arg-type]
+    def stream(jobs: list[Any], runtime: Any, listener: Any, run_id: str, stop: driver.Stop) -> None:
+        pipeline._collect(rows, SimpleNamespace(retire=print), {}, listener.on_row)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("supir_batch.driver._stream", stream)
+    monkeypatch.setattr(pipeline, "run", stream)
     (tmp_path / "m.yaml").write_text("inputs: x")
     manifest = Manifest.model_validate({"inputs": [str(tmp_path)], "output": {"uri": str(tmp_path / "out")}})
     plan = Plan(str(tmp_path / "out"), (Todo(outcome.ticket.job, "new"),), (), (), {})
