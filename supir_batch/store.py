@@ -66,7 +66,16 @@ _TRANSIENT_ERRNO = {
     errno.ETIMEDOUT,
 }
 # The clients below fsspec raise their own classes; these parts of their names mean the network, not the request.
-_TRANSIENT_NAMES = ("Timeout", "Connect", "Disconnect", "Incomplete", "Payload", "SlowDown", "ServerError")
+_TRANSIENT_NAMES = (
+    "Timeout",
+    "Connect",
+    "Disconnect",
+    "HTTPClientError",  # an answer that is no HTTP
+    "Incomplete",
+    "Payload",
+    "SlowDown",
+    "ServerError",
+)
 # What S3 answers to a request that was harmed on its way, or came at the wrong moment; besides 408, 429 and 5xx.
 _TRANSIENT_CODES = {
     "BadDigest",

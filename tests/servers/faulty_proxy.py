@@ -1,4 +1,4 @@
-"""A TCP proxy that harms HTTP on its way: answers 503, resets, cuts bodies, loses answers, delays. Seeded.
+"""A TCP proxy that harms HTTP on its way: answers 503 or nonsense, resets, cuts bodies, loses answers, delays. Seeded.
 
 It takes one request per connection (it asks both sides to close), so that a fault belongs to one request.
 """
@@ -17,9 +17,10 @@ from typing import cast
 _PIECE = 1 << 16
 _BODY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 _UNAVAILABLE = (
-    b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
-    % (len(_BODY), _BODY)
+    b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+    % len(_BODY)
 )
+_GARBLED = b"\x15\x03\x01\x00\x02\x02 no HTTP\r\n\r\n"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Faults:
 
     unavailable: float = 0.0
     """Answered with 503 SlowDown; the server never sees the request."""
+    garbled: float = 0.0
+    """Answered with bytes that are no HTTP; the server never sees the request."""
     reset: float = 0.0
     """The connection is reset before anything is sent on."""
     cut_request: float = 0.0
@@ -100,7 +103,7 @@ async def _one_request(
 ) -> None:
     head = await reader.readuntil(b"\r\n\r\n")
     faults = proxy.faults
-    kinds = ("unavailable", "reset", "cut_request", "cut_response", "lost_answer")
+    kinds = ("unavailable", "garbled", "reset", "cut_request", "cut_response", "lost_answer")
     weights = [getattr(faults, kind) for kind in kinds]
     fault = chance.choices([*kinds, "none"], [*weights, 1.0 - sum(weights)])[0]
     where = chance.random()  # of the body, when it is cut
@@ -110,10 +113,11 @@ async def _one_request(
         fault = "none"
     proxy.met[fault] += 1
     await asyncio.sleep(chance.uniform(0.0, faults.latency_s))
-    if fault == "unavailable":
+    if fault in ("unavailable", "garbled"):
         if b"expect" not in headers:  # whose body is sent only on request
             await reader.readexactly(length)
-        writer.write(_UNAVAILABLE)
+        body = b"" if head.startswith(b"HEAD") else _BODY
+        writer.write(_UNAVAILABLE + body if fault == "unavailable" else _GARBLED)
         await writer.drain()
         return
     if fault == "reset":

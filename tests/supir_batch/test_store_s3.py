@@ -189,14 +189,15 @@ def test_faults_on_the_way_change_nothing(
     monkeypatch.setattr(store, "_LONGEST_PAUSE_S", 0.2)
     monkeypatch.setattr(store, "_PIECE", 100_000)  # a body is read in several requests
     contents = {f"{s3}/{size}/{index}.bin": os.urandom(size) for size in (0, 1, 999, 350_000) for index in range(12)}
-    faults = Faults(unavailable=0.06, reset=0.06, cut_request=0.06, cut_response=0.06, lost_answer=0.06, latency_s=0.02)
+    kinds = ("unavailable", "garbled", "reset", "cut_request", "cut_response", "lost_answer")
+    faults = Faults(latency_s=0.02, **dict.fromkeys(kinds, 0.05))
     with faulty_proxy(s3_server.port, faults, seed) as proxy, ThreadPoolExecutor(4) as pool:
         through(AWS_ENDPOINT_URL=proxy.url)
         list(pool.map(store.write_atomic, contents, contents.values()))
         assert list(pool.map(store.read_bytes, contents)) == list(contents.values())
         assert [found.uri for found in store.list_tree(s3)] == sorted(contents)
         met = {kind for kind, count in proxy.met.items() if count}
-    assert met == {"none", "unavailable", "reset", "cut_request", "cut_response", "lost_answer"}
+    assert met == {"none", *kinds}
 
 
 def test_a_body_that_is_always_cut_is_an_error_and_never_short(
