@@ -229,7 +229,8 @@ class RestoreStage(_ModelStage[Engine]):
             caption = tickets[i].caption or tickets[i].job.settings.prompt or ""
             prompt = engine.full_prompt(tickets[i].job.settings, caption)
             tickets[i] = dataclasses.replace(tickets[i], caption=caption, prompt=prompt)
-        pixels = list(batch["pixels"])
+        before = list(batch["pixels"])
+        pixels = list(before)
         restored = loaded.restore([tickets[i] for i in working], [pixels[i] for i in working])
         for i, tile in zip(working, restored, strict=True):
             try:
@@ -237,7 +238,8 @@ class RestoreStage(_ModelStage[Engine]):
             except Exception as error:  # of a second attempt, which is this tile's alone
                 failure = failure_of(self.name, tickets[i].job.source, error)
                 tickets[i] = dataclasses.replace(tickets[i], failure=failure)
-        batch["pixels"] = pixels
+        if any(new is not old for new, old in zip(pixels, before, strict=True)):  # else no copy of all is made
+            batch["pixels"] = pixels
 
 
 def _through_gate(

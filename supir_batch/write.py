@@ -247,14 +247,14 @@ def _refusal(wrong: Sequence[str]) -> ImageError:
 
 
 def _in_source_space(working: Iterable[FloatImage], facts: ImageFacts, settings: Settings) -> Iterator[FloatImage]:
-    """Strips at working size to strips of the output: [rows, width, bands, and one for alpha] in [0, 1]."""
+    """Strips at working size to strips of the output: [rows, width, bands, and one for alpha], to be clipped."""
     tone = color.Tone(facts.tone, facts.tone_curve)
     for strip in _at_output_size(working, facts, settings):
         rgb = color.apply_tone(np.clip(strip[..., :3], 0.0, 1.0), tone)
         colors = color.from_srgb(rgb, facts.icc, facts.bands)
         if facts.carries_color:
             colors = colors + strip[..., -3:]
-        yield np.clip(np.concatenate([colors, strip[..., 3:4]], axis=2) if facts.has_alpha else colors, 0.0, 1.0)
+        yield np.concatenate([colors, strip[..., 3:4]], axis=2) if facts.has_alpha else colors
 
 
 def _at_output_size(working: Iterable[FloatImage], facts: ImageFacts, settings: Settings) -> Iterator[FloatImage]:
