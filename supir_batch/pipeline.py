@@ -105,7 +105,8 @@ def run(
             num_gpus=gpus,
             accelerator_type=runtime.accelerator,
             num_cpus=0,  # so that waiting models never starve the CPU stages
-            batch_size=runtime.batch,
+            # a card is asked for so many windows at once; without a model it is best to take what a block holds
+            batch_size=None if todo[0].model is None else runtime.batch,
         )
         return tiles.map_batches(write_stage, batch_size=None, fn_args=(guards,), num_cpus=0.5)
 
