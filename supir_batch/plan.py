@@ -418,7 +418,8 @@ def _read_sidecar(source: Source) -> str | Failure | None:
 
 def _refuse_collisions(manifest: Manifest, manifest_uri: str, listed: SourceList, names: _Names) -> None:
     """Two sources must not write one output, also where case or Unicode form do not count (Windows, macOS)."""
-    own = np.array([folder.partition("/")[0] in OWN_FOLDERS for folder in names.folders], bool)[names.numbers]
+    reserved = [folder.partition("/")[0].casefold() in OWN_FOLDERS for folder in names.folders]
+    own = np.array(reserved, bool)[names.numbers]
     folded = _folded(names.paths)
     suspects = np.union1d(np.flatnonzero(own), repeated(folded))
     first: dict[str, Source] = {}
@@ -426,7 +427,7 @@ def _refuse_collisions(manifest: Manifest, manifest_uri: str, listed: SourceList
     paths = (column.take(pa.array(suspects)).to_pylist() for column in (names.paths, folded))
     for source, path, spelled in zip(listed.make(suspects), *paths, strict=True):
         folder, _, below = path.partition("/")
-        if below and folder in OWN_FOLDERS:
+        if below and folder.casefold() in OWN_FOLDERS:
             problems.append(f"{describe(source)} would be written below {folder}, which is reserved")
             continue
         earlier = first.setdefault(spelled, source)

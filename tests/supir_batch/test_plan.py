@@ -195,7 +195,7 @@ def test_an_output_never_overwrites_an_input_through_a_link(archive: Archive, tm
         archive.plan(str(archive.input / "a.tif"))
 
 
-@pytest.mark.parametrize("folder", ["_runs", "_parts", "_captions", "_iiif", "report"])
+@pytest.mark.parametrize("folder", ["_runs", "_parts", "_captions", "_iiif", "report", "Report"])
 def test_the_folders_of_an_output_are_reserved(archive: Archive, folder: str) -> None:
     archive.add(f"{folder}.tif")
     archive.plan()
