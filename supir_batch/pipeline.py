@@ -444,6 +444,8 @@ def _ray(runtime: Runtime, verbose: bool) -> Iterator[None]:
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(128 * 2**20))
     # Ray ends workers that wait for a second, and the next ones import for seconds what those had
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
+    # Ray Data shares a cluster out among its drivers; one that was killed keeps its share for so long, else 3 minutes
+    os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
     if not verbose:  # Ray's C++ side reports harmless things as errors on stderr
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     handler = signal.getsignal(signal.SIGTERM)
