@@ -1,9 +1,10 @@
-# make demo: set everything up, restore a small archive.   make test: set everything up, pass the tests.
+# make demo: set everything up, restore a small archive.
+# make test: set everything up, pass the tests that take seconds.   make test-all: all tests.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check exiftool
+.PHONY: demo test test-all check exiftool
 
 demo: $(INSTALLED)
 	$(BIN)/python -m supir_batch.demo build demo
@@ -12,6 +13,9 @@ demo: $(INSTALLED)
 	$(BIN)/python -m supir_batch.demo score demo
 
 test: $(INSTALLED) exiftool
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(INSTALLED) exiftool
 	$(BIN)/python -m pytest
 
 check: $(INSTALLED) exiftool
