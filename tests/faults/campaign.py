@@ -37,6 +37,7 @@ IMAGES = 12
 FAULTS = Faults(unavailable=0.04, reset=0.02, cut_request=0.02, cut_response=0.02, latency_s=0.05)
 TARGETS = {"driver": 4, "actor": 3, "worker": 4, "ledger": 1, "node": 2}  # and how often, relative to each other
 QUARANTINED = ("poison", "hang")
+_AT_WORK = ("ray::MapBatches(decode_stage)", "ray::MapBatches(write_stage)")
 
 
 @dataclass
@@ -184,7 +185,7 @@ def disturbed(path: Path, out: str, cluster: Nodes, rng: random.Random, kills: i
     figures.drivers += 1
     while True:
         try:
-            driver.wait(rng.uniform(0.3, 6.0) if struck < kills else 300)
+            driver.wait(_moment(rng, driver) if struck < kills else 300)
         except subprocess.TimeoutExpired:
             if struck >= kills:
                 driver.kill()
@@ -211,6 +212,15 @@ def disturbed(path: Path, out: str, cluster: Nodes, rng: random.Random, kills: i
         driver = start(path, cluster, command)
         figures.drivers += 1
     return problems(path, out, written, figures)
+
+
+def _moment(rng: random.Random, driver: subprocess.Popen[str]) -> float:
+    """Seconds to let pass before something is struck: mostly while images are worked on, else while a run begins."""
+    if rng.random() < 0.8:
+        end = time.monotonic() + 60
+        while driver.poll() is None and time.monotonic() < end and not processes(*_AT_WORK):
+            time.sleep(0.05)
+    return rng.uniform(0.0, 4.0)
 
 
 def problems(path: Path, out: str, written: dict[str, str], figures: Figures) -> list[str]:
