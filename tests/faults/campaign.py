@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
 
 from supir_batch import runlog, store
@@ -81,6 +82,24 @@ class Nodes:
         self._cluster.remove_node(self._nodes[index], allow_graceful=False)
         self._nodes[index] = self._add()
 
+    def processes(self, *titles: str) -> list[int]:
+        """The workers of this cluster, and of no other, whose title begins with one of these."""
+        raylets = {
+            started.process.pid
+            for node in self._cluster.list_all_nodes()
+            for started in node.all_processes.get(PROCESS_TYPE_RAYLET, [])
+        }
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                title = (path / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if title.startswith(titles) and parent in raylets:
+                found.append(int(path.name))
+        return sorted(found)
+
     def shutdown(self) -> None:
         """End everything."""
         self._cluster.shutdown()
@@ -94,19 +113,6 @@ def nodes() -> Iterator[Nodes]:
         yield cluster
     finally:
         cluster.shutdown()
-
-
-def processes(*titles: str) -> list[int]:
-    """The Ray processes whose title begins with one of these."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            title = path.read_bytes().split(b"\0")[0].decode(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if title.startswith(titles):
-            found.append(int(path.parent.name))
-    return sorted(found)
 
 
 def strike(target: str, driver: subprocess.Popen[str], cluster: Nodes, rng: random.Random) -> bool:
@@ -123,7 +129,7 @@ def strike(target: str, driver: subprocess.Popen[str], cluster: Nodes, rng: rand
         "worker": ("ray::MapBatches(decode_stage)", "ray::MapBatches(write_stage)", "ray::MapBatches(feed_stage)"),
         "ledger": ("ray::_LedgerActor",),
     }[target]
-    victims = processes(*titles)
+    victims = cluster.processes(*titles)
     if not victims:
         return False
     try:
@@ -185,7 +191,7 @@ def disturbed(path: Path, out: str, cluster: Nodes, rng: random.Random, kills: i
     figures.drivers += 1
     while True:
         try:
-            driver.wait(_moment(rng, driver) if struck < kills else 300)
+            driver.wait(_moment(rng, driver, cluster) if struck < kills else 300)
         except subprocess.TimeoutExpired:
             if struck >= kills:
                 driver.kill()
@@ -214,11 +220,11 @@ def disturbed(path: Path, out: str, cluster: Nodes, rng: random.Random, kills: i
     return problems(path, out, written, figures)
 
 
-def _moment(rng: random.Random, driver: subprocess.Popen[str]) -> float:
+def _moment(rng: random.Random, driver: subprocess.Popen[str], cluster: Nodes) -> float:
     """Seconds to let pass before something is struck: mostly while images are worked on, else while a run begins."""
     if rng.random() < 0.8:
         end = time.monotonic() + 60
-        while driver.poll() is None and time.monotonic() < end and not processes(*_AT_WORK):
+        while driver.poll() is None and time.monotonic() < end and not cluster.processes(*_AT_WORK):
             time.sleep(0.05)
     return rng.uniform(0.0, 4.0)
 
