@@ -190,8 +190,10 @@ def _finish(
         )
         told = dataclasses.replace(facts, notes=(*record.notes, *written))
         finished = watch.record(dataclasses.replace(ticket, facts=told))
-        if len(found) > 1 and (there := commit.committed(job, ticket.fingerprint, facts.format)) is not None:
-            return _done(ticket, there)  # another writer was faster; times and signatures of two would differ
+        # Another writer may have been faster: of the last part, or one whose driver was killed a moment ago. It is left
+        # alone, as times and signatures of two would differ.
+        if (there := commit.committed(job, ticket.fingerprint, facts.format)) is not None:
+            return _done(ticket, there)
         told_beside = _sidecar(finished, record, result) | {"signature": signed.signer if signed else None}
         result = commit.commit(result, path, told_beside, job.sidecars, signed.credentials if signed else b"")
     return _done(finished, result if len(found) == 1 else _last(finished, facts, result))

@@ -243,10 +243,11 @@ def test_parts_that_vanish_because_another_writer_finished(
     assert _files(tmp_path / "out") == ["a.png", "a.png.json"]
 
 
+@pytest.mark.parametrize("max_pixels", [100 * 100, 1000 * 1000])
 def test_a_slower_writer_leaves_the_output_of_the_faster(
-    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make_job: MakeJob, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, max_pixels: int
 ) -> None:
-    tiles = list(decode(make_job(_photo(tmp_path / "a.png", rng), max_pixels=100 * 100), 16))
+    tiles = list(decode(make_job(_photo(tmp_path / "a.png", rng), max_pixels=max_pixels), 16))
     check, faster = encode.check_file, list[Outcome | None]()
 
     def finish_first(*args: object) -> None:
