@@ -81,7 +81,7 @@ def build_report(output_uri: str, overlays: Overlays = lambda output_uri, row: {
         def show(row: dict[str, Any]) -> Shown:
             if row["status"] != "done":
                 return Shown()
-            return render(row, overlays(output_uri, row), store.join(folder, "pictures"), files)
+            return render(row, lambda: overlays(output_uri, row), store.join(folder, "pictures"), files)
 
         for number, rows in enumerate(_pieces(_rows(output_uri, newest))):
             shown = []

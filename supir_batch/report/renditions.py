@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,23 +64,25 @@ def folder_of(row: Mapping[str, Any]) -> str:
     return f"{fingerprint[:2]}/{fingerprint[2:26]}"
 
 
-def render(row: Mapping[str, Any], overlays: Mapping[str, str], target: str, made: frozenset[str]) -> Shown:
+def render(
+    row: Mapping[str, Any], overlays: Callable[[], Mapping[str, str]], target: str, made: frozenset[str]
+) -> Shown:
     """The pictures of a row that is done, of which those that are not ``made`` are made below the folder ``target``.
 
-    ``overlays``: URI of each picture by its name. An image that cannot be shown is told, and no error.
+    ``overlays`` says the URI of each picture to be laid over it, by name. An image that cannot be shown is told, and no
+    error.
     """
     folder = folder_of(row)
     before = _place(f"{folder}/before", row["source_width"], row["source_height"])
     after = _place(f"{folder}/after", row["output_width"], row["output_height"])
     thumbnail = f"{folder}/{_THUMBNAIL}"
-    laid = tuple(
-        Overlay(name, f"{folder}/overlay-{number}{posixpath.splitext(uri)[1]}")
-        for number, (name, uri) in enumerate(sorted(overlays.items()))
-    )
+    laid: list[Overlay] = []
     try:
-        for one in laid:
+        for name, uri in sorted(overlays().items()):
+            one = Overlay(name, f"{folder}/overlay-{len(laid)}{posixpath.splitext(uri)[1]}")
             if one.file not in made:
-                store.write_atomic(store.place(target, one.file), store.read_bytes(overlays[one.name]))
+                store.write_atomic(store.place(target, one.file), store.read_bytes(uri))
+            laid.append(one)
         if thumbnail not in made:
             restored = pictures.whole_picture(row["output_uri"], row["output_sha256"])
             _write(pictures.whole_picture(row["uri"], row["source_sha256"], row["setting_page"] or 1), before, target)
@@ -89,7 +91,7 @@ def render(row: Mapping[str, Any], overlays: Mapping[str, str], target: str, mad
             store.write_atomic(store.place(target, thumbnail), small.jpegsave_buffer(Q=82, keep="none"))
     except (ImageError, StoreError) as error:
         return Shown(problem=str(error))
-    return Shown(thumbnail, before, after, laid)
+    return Shown(thumbnail, before, after, tuple(laid))
 
 
 def _place(path: str, width: int, height: int) -> Picture:

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from supir_batch import export, review, runlog
+from supir_batch.cli import app
 from supir_batch.errors import ManifestError, StoreError
 from supir_batch.types import Outcome
-from tests.runs import photograph
+from tests.runs import manifest, photograph
 
 Restore = Callable[..., Outcome]
 HEADER = ",".join(review.COLUMNS)
@@ -157,6 +159,25 @@ def test_an_export_takes_what_was_accepted_as_it_is_now(output: str, tmp_path: P
     review.append(output, [decision(output, decision="undecided")])
     with pytest.raises(ManifestError, match="none was accepted"):
         export.deliverables(output, accepted=True)
+
+
+def test_the_commands(output: str, tmp_path: Path) -> None:
+    file = tmp_path / "decisions.csv"
+    file.write_text(review.to_csv([decision(output, note="good")]))
+
+    def say(*words: str) -> tuple[int, str]:
+        ran = CliRunner().invoke(app, list(words))
+        return ran.exit_code, ran.stdout + ran.stderr
+
+    assert say("review", "import", output, str(file)) == (0, "1 decisions (accept 1), 1 of them new\n")
+    assert say("review", "import", output, str(file)) == (0, "1 decisions (accept 1), 0 of them new\n")
+    assert say("review", "list", output)[1].splitlines() == file.read_text().splitlines()
+    path = manifest(tmp_path, engine={"name": "lanczos"}, output={"uri": output})
+    code, said = say("run", str(path), "--redo-from", str(file))
+    assert (code, said) == (2, f"error: {file}: marks no image redo that was not decided otherwise later\n")
+    code, said = say("review", "import", output, str(tmp_path / "none.csv"))
+    assert code == 2
+    assert "does not exist" in said
 
 
 _TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=40)

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -198,12 +196,3 @@ def test_built_assets_come_from_the_sources_and_hold_no_private_address() -> Non
     lock = (frontend / "package-lock.json").read_text()
     assert lock.count("https://") == lock.count("https://registry.npmjs.org/") + lock.count('"url": "https://')
     assert "http://" not in lock
-
-
-def test_the_wheel_holds_the_assets(tmp_path: Path) -> None:
-    script = (
-        "from setuptools.config.pyprojecttoml import read_configuration as read; "
-        "print(read('pyproject.toml')['tool']['setuptools']['package-data']['supir_batch'])"
-    )
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
-    assert "report/assets/*" in ran.stdout

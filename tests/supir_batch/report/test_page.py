@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import pyvips
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
@@ -54,8 +56,6 @@ def center(page: Page, pane: str) -> list[int]:
     shot = page.screenshot(
         clip={"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2, "width": 1, "height": 1}
     )
-    import pyvips
-
     return [int(value) for value in pyvips.Image.new_from_buffer(shot, "")(0, 0)[:3]]
 
 
@@ -148,9 +148,6 @@ def test_both_sides_zoom_together_to_one_to_one_and_beyond(page: Page, index: Pa
 
 def white_line(shot: bytes) -> float:
     """Where the bright line of a test photograph stands, as a column of the screenshot."""
-    import numpy as np
-    import pyvips
-
     pixels = pyvips.Image.new_from_buffer(shot, "").numpy()[..., :3].astype(float)
     return float(np.argmax(pixels[80:-80].mean(axis=(0, 2))))
 
@@ -179,8 +176,6 @@ def test_overlays_are_laid_over_the_restored_image(page: Page, index: Path) -> N
 
 
 def magenta(shot: bytes) -> float:
-    import pyvips
-
     pixels = pyvips.Image.new_from_buffer(shot, "").numpy()[..., :3].astype(int)
     return float(((pixels[..., 0] - pixels[..., 1] > 60) & (pixels[..., 2] - pixels[..., 1] > 60)).mean())
 

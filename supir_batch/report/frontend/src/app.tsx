@@ -48,7 +48,8 @@ export function App({ report, decisions }: { report: Report; decisions: Decision
   // Not anew with each decision: who decides on what is open must not lose the place in the list.
   const rows = useMemo(() => select(report, filter, decisions), [report, filter, at.page === "images"]);
   const row = at.page === "image" ? report.id.indexOf(at.id) : -1;
-  const list = row < 0 || rows.includes(row) ? rows : select(report, EVERYTHING, decisions);
+  const inside = row < 0 || rows.includes(row);
+  const list = useMemo(() => (inside ? rows : select(report, EVERYTHING, decisions)), [report, rows, inside]);
   if (row >= 0) current.current = row;
 
   useEffect(() => {

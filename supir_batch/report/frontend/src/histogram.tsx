@@ -1,6 +1,5 @@
 /** How the images are spread over one score. */
 
-import { useMemo } from "preact/hooks";
 import type { Score } from "./data";
 import { EVERYTHING, type Filter, said } from "./selection";
 
@@ -16,7 +15,15 @@ interface Spread {
   measured: number;
 }
 
-export function spread(values: (number | null)[]): Spread {
+const spreads = new WeakMap<Score, Spread>();
+
+export function spread(score: Score): Spread {
+  const found = spreads.get(score) ?? measure(score.values);
+  spreads.set(score, found);
+  return found;
+}
+
+function measure(values: (number | null)[]): Spread {
   const known = Float64Array.from(values.filter((value) => value !== null)).sort();
   const least = known[0] ?? 0;
   const most = known[known.length - 1] ?? 0;
@@ -30,7 +37,7 @@ function bar(value: number, least: number, most: number): number {
 }
 
 export function Histogram({ score, show }: { score: Score; show: (filter: Filter) => void }) {
-  const { least, most, median, counts, measured } = useMemo(() => spread(score.values), [score]);
+  const { least, most, median, counts, measured } = spread(score);
   const top = Math.max(...counts);
   const step = WIDTH / counts.length;
   const worst: Filter = { ...EVERYTHING, sort: score.column, descending: score.better === "low" };

@@ -197,7 +197,7 @@ function Scores({ report, row }: { report: Report; row: number }) {
         </thead>
         <tbody>
           {scores.map((score) => {
-            const { least, most } = spread(score.values);
+            const { least, most } = spread(score);
             const value = score.values[row]!;
             const share = most === least ? 50 : ((value - least) / (most - least)) * 100;
             return (
@@ -229,7 +229,9 @@ const MODES: [Mode, string][] = [
   ["before", "Before"],
   ["after", "Restored"],
 ];
-let lastMode: Mode = "slider"; // the next image is looked at in the same way
+// the next image is looked at in the same way
+let lastMode: Mode = "slider";
+let lastOverlay = "";
 
 function Stage({ details }: { details: Details }) {
   const before = useRef<HTMLDivElement>(null);
@@ -240,7 +242,7 @@ function Stage({ details }: { details: Details }) {
   const [held, setHeld] = useState(false);
   const [at, setAt] = useState(50);
   const [scale, setScale] = useState(0);
-  const [overlay, setOverlay] = useState("");
+  const [overlay, setOverlay] = useState(lastOverlay);
   const [opacity, setOpacity] = useState(60);
 
   useEffect(() => {
@@ -252,7 +254,8 @@ function Stage({ details }: { details: Details }) {
 
   useEffect(() => {
     lastMode = mode;
-  }, [mode]);
+    lastOverlay = overlay;
+  }, [mode, overlay]);
 
   useEffect(() => {
     const found = details.overlays.find((one) => one.name === overlay);
@@ -268,6 +271,7 @@ function Stage({ details }: { details: Details }) {
       else if (event.key === "t") setMode("sides");
       else if (event.key === "f") comparison.current?.fit();
       else if (event.key === "1") comparison.current?.oneToOne();
+      else if ((event.target as HTMLElement).closest(".viewer")) return; // its own keys zoom
       else if (event.key === "+") comparison.current?.zoomBy(1.5);
       else if (event.key === "-") comparison.current?.zoomBy(1 / 1.5);
     };
@@ -299,6 +303,7 @@ function Stage({ details }: { details: Details }) {
     setAt((value) => Math.min(100, Math.max(0, value + step)));
   };
   const shown = held ? "before" : mode;
+  const laid = details.overlays.some((one) => one.name === overlay) ? overlay : "";
   return (
     <section class="looking" aria-label="Before and after">
       <div ref={stage} class={`stage ${shown}`} style={{ "--at": `${at}%` }}>
@@ -358,7 +363,7 @@ function Stage({ details }: { details: Details }) {
           <div class="choice">
             <label>
               <span>Lay over</span>
-              <select value={overlay} onChange={(event) => setOverlay(event.currentTarget.value)}>
+              <select value={laid} onChange={(event) => setOverlay(event.currentTarget.value)}>
                 <option value="">nothing</option>
                 {details.overlays.map((one) => (
                   <option key={one.name} value={one.name}>
@@ -367,7 +372,7 @@ function Stage({ details }: { details: Details }) {
                 ))}
               </select>
             </label>
-            {overlay && (
+            {laid && (
               <label>
                 <span>Strength</span>
                 <input type="range" min={5} max={100} value={opacity} onInput={(event) => setOpacity(Number(event.currentTarget.value))} />

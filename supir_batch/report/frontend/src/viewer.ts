@@ -90,6 +90,12 @@ export class Comparison {
     if (this.overlay) viewer.world.removeItem(this.overlay);
     this.overlay = null;
     if (file === null) return;
+    if (!viewer.isOpen()) {
+      viewer.addOnceHandler("open", () => {
+        if (asked === this.asked) this.lay(file, opacity);
+      });
+      return;
+    }
     viewer.addTiledImage({
       tileSource: { type: "image", url: picture(file), buildPyramid: true } as never,
       width: 1,
