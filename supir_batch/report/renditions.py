@@ -79,7 +79,8 @@ def render(
     laid: list[Overlay] = []
     try:
         for name, uri in sorted(overlays().items()):
-            one = Overlay(name, f"{folder}/overlay-{len(laid)}{posixpath.splitext(uri)[1]}")
+            word = "".join(letter if letter.isalnum() else "-" for letter in name)
+            one = Overlay(name, f"{folder}/overlay-{word}{posixpath.splitext(uri)[1]}")
             if one.file not in made:
                 store.write_atomic(store.place(target, one.file), store.read_bytes(uri))
             laid.append(one)

@@ -367,7 +367,7 @@ function Stage({ details }: { details: Details }) {
                 <option value="">nothing</option>
                 {details.overlays.map((one) => (
                   <option key={one.name} value={one.name}>
-                    {one.name}
+                    {one.name.charAt(0).toUpperCase() + one.name.slice(1)}
                   </option>
                 ))}
               </select>
