@@ -84,7 +84,7 @@ export function Gallery(props: Props) {
     // when the gallery is entered, and once more when its width is known
   }, [layout.columns]);
 
-  useEffect(() => {
+  useLayoutEffect(() => {
     const onKey = (event: KeyboardEvent) => {
       if (isTyping(event) || !shortcutsOn()) return;
       const focused = (document.activeElement as HTMLElement | null)?.closest<HTMLElement>("[data-at]");

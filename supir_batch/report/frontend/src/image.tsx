@@ -1,6 +1,6 @@
 /** The page of one image: before and after, what was done, what it scores, and what to decide. */
 
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { addressOf, isTyping } from "./app";
 import { type Details, type Page, type Report, type Verdict, pageOf } from "./data";
 import type { Decisions } from "./decisions";
@@ -35,7 +35,8 @@ export function ImagePage({ report, decisions, row, rows }: Props) {
     };
   }, [report, row]);
 
-  useEffect(() => {
+  // at once, so that no key is lost between two images
+  useLayoutEffect(() => {
     const go = (way: number) => {
       const next = rows[place + way];
       if (next !== undefined) location.hash = addressOf(report, next);
@@ -263,7 +264,7 @@ function Stage({ details }: { details: Details }) {
   }, [overlay, details]);
   useEffect(() => comparison.current?.fade(opacity / 100), [opacity]);
 
-  useEffect(() => {
+  useLayoutEffect(() => {
     const down = (event: KeyboardEvent) => {
       if (isTyping(event) || !shortcutsOn()) return;
       if (event.key === "b") setHeld(true);
