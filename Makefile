@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all check exiftool
+.PHONY: demo test test-all check exiftool chromium report-assets
 
 demo: $(INSTALLED)
 	$(BIN)/python -m supir_batch.demo build demo
@@ -12,13 +12,13 @@ demo: $(INSTALLED)
 	$(BIN)/supir-batch report demo/restored
 	$(BIN)/python -m supir_batch.demo score demo
 
-test: $(INSTALLED) exiftool
+test: $(INSTALLED) exiftool chromium
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(INSTALLED) exiftool
+test-all: $(INSTALLED) exiftool chromium
 	$(BIN)/python -m pytest
 
-check: $(INSTALLED) exiftool
+check: $(INSTALLED) exiftool chromium
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -29,6 +29,16 @@ exiftool:
 	@command -v exiftool >/dev/null || $(if $(filter 0,$(shell id -u)),,sudo -n) sh -c \
 	  'apt-get update -q && apt-get install -q -y libimage-exiftool-perl' >/dev/null 2>&1 || \
 	  echo "exiftool is not here and cannot be installed: install Debian's libimage-exiftool-perl or your system's like"
+
+# The tests look at the report in Chromium; they are skipped where it cannot be had.
+chromium:
+	@command -v chromium >/dev/null || $(if $(filter 0,$(shell id -u)),,sudo -n) sh -c \
+	  'apt-get update -q && apt-get install -q -y chromium' >/dev/null 2>&1 || \
+	  echo "chromium is not here and cannot be installed: install Debian's chromium or your system's like"
+
+# The front end of the report, which is in the repository as built; needs Node 20 or newer.
+report-assets:
+	cd supir_batch/report/frontend && npm ci && npm run build
 
 # Nothing is installed twice: the marker is younger than what it was made from.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -124,6 +124,12 @@ def run(
     only: OnlyOption = None,
     besides: ExceptOption = None,
     shuffle_seed: ShuffleOption = None,
+    redo_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Only images that this file of decisions (.csv, .json) marks redo, as it says."
+        ),
+    ] = None,
     log_json: LogJsonOption = None,
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
@@ -133,9 +139,11 @@ def run(
     with _errors(debug):
         from supir_batch.plan import Selection
 
-        selection = Selection(tuple(only or ()), tuple(besides or ()), shuffle_seed=shuffle_seed)
+        redo = None if redo_from is None else _redo(_load(manifest, overrides).output.uri, redo_from)
+        selection = Selection(tuple(only or ()), tuple(besides or ()), shuffle_seed=shuffle_seed, redo=redo)
     limits = (limit, max_failures, max_duration)
-    _restore("run", manifest, overrides, selection, limits, log_json, verbose, as_json, debug)
+    asked = [] if redo_from is None else ["--redo-from", redo_from]
+    _restore("run", manifest, overrides, selection, limits, log_json, verbose, as_json, debug, asked)
 
 
 @app.command(epilog=_EPILOG)
@@ -165,6 +173,19 @@ def retry(
     asked = [word for one in cause or [] for word in ("--cause", one)]
     limits = (limit, max_failures, max_duration)
     _restore("retry", manifest, overrides, selection, limits, log_json, verbose, as_json, debug, asked)
+
+
+def _redo(output_uri: str, file: str) -> frozenset[str]:
+    """Import decisions; the ids of those images of the file that are to be redone."""
+    import os
+
+    from supir_batch import review, store
+
+    _, decided = review.import_file(output_uri, store.resolve(os.getcwd(), file))
+    wanted = {one.id for one in decided if one.decision == "redo"} & review.redone(review.read(output_uri)).keys()
+    if not wanted:
+        raise ManifestError(f"{file}: marks no image redo that was not decided otherwise later")
+    return frozenset(wanted)
 
 
 def _restore(
@@ -387,6 +408,7 @@ def export(
         str | None,
         typer.Option(metavar="BASE_URL", help="Write IIIF manifests into the output, to be published at BASE_URL."),
     ] = None,
+    accepted: Annotated[bool, typer.Option("--accepted", help="Only images that reviewers have accepted.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Hand over what is done: as a bag, as a transfer for Archivematica, or to IIIF viewers."""
@@ -398,11 +420,11 @@ def export(
             raise ManifestError("nothing to export to; name --bagit, --archivematica or --iiif")
         uri = _output_uri(output)
         if bagit is not None:
-            typer.echo(f"{exports.bag(uri, bagit)} images in the bag {bagit}")
+            typer.echo(f"{exports.bag(uri, bagit, accepted)} images in the bag {bagit}")
         if archivematica is not None:
-            typer.echo(f"{exports.archivematica(uri, archivematica)} images in the transfer {archivematica}")
+            typer.echo(f"{exports.archivematica(uri, archivematica, accepted)} images in the transfer {archivematica}")
         if iiif is not None:
-            typer.echo(f"{write_manifests(uri, iiif)} images in {uri}/_iiif/collection.json")
+            typer.echo(f"{write_manifests(uri, iiif, accepted)} images in {uri}/_iiif/collection.json")
 
 
 @app.command("show-config")
@@ -423,11 +445,60 @@ def show_config(
 
 @app.command()
 def report(output: OutputArgument, debug: DebugOption = False) -> None:
-    """Build the before / after report of an output and print where it is."""
+    """Build the report of an output, before and after, with scores and decisions, and print where it is."""
     with _errors(debug):
         from supir_batch.report.build import build_report
 
         typer.echo(build_report(_output_uri(output)))
+
+
+@app.command()
+def serve(
+    output: OutputArgument,
+    host: Annotated[str, typer.Option(help="Address to listen at; only this machine reaches 127.0.0.1.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: a free one.")] = 0,
+    debug: DebugOption = False,
+) -> None:
+    """Build the report of an output, serve it, and save decisions as they are made. Prints the address to open."""
+    with _errors(debug):
+        from supir_batch.report import serve as server
+        from supir_batch.report.build import build_report
+
+        uri = _output_uri(output)
+        build_report(uri)
+        server.serve(uri, host, port, server.new_token(), typer.echo)
+
+
+review_app = typer.Typer(no_args_is_help=True, help="What people decided about outputs, in the report.")
+app.add_typer(review_app, name="review")
+
+
+@review_app.command("import")
+def review_import(
+    output: OutputArgument,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Decisions that the report exported: .csv or .json.")],
+    debug: DebugOption = False,
+) -> None:
+    """Put decisions into the run log of an output, all of the file or none."""
+    with _errors(debug):
+        import os
+
+        from supir_batch import review, store
+
+        uri = _output_uri(output)
+        new, decided = review.import_file(uri, store.resolve(os.getcwd(), file))
+        counts = Counter(str(one.decision) for one in decided)
+        typer.echo(f"{len(decided)} decisions ({_counts(counts)}), {new} of them new")
+
+
+@review_app.command("list")
+def review_list(output: OutputArgument, debug: DebugOption = False) -> None:
+    """Write the decisions that count as CSV, as import reads it."""
+    with _errors(debug):
+        from supir_batch import review
+
+        decided = sorted(review.read(_output_uri(output)).values(), key=lambda one: (one.id, one.decided_at))
+        typer.echo(review.to_csv(decided), nl=False)
 
 
 @app.command()

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from supir_batch import __version__, checksums, commit, premis, runlog, store
+from supir_batch import __version__, checksums, commit, premis, review, runlog, store
 from supir_batch.errors import ManifestError, StoreError
 
 _DESCRIPTION = (
@@ -31,7 +31,7 @@ _DESCRIPTION = (
     "original; none of these files is a record copy. Each image has its record (.json, PREMIS) beside it."
 )
 
-_COLUMNS = (*checksums.COLUMNS, "uri", "source_sha256", "setting_page", "setting_organization")
+_COLUMNS = (*checksums.COLUMNS, "uri", "fingerprint", "source_sha256", "setting_page", "setting_organization")
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,33 @@ class Deliverable:
         return str(self.record["source_name"])
 
 
-def deliverables(output_uri: str) -> list[Deliverable]:
-    """The newest output of each image that is done, sorted by path.
+def deliverables(output_uri: str, accepted: bool = False) -> list[Deliverable]:
+    """The newest output of each image that is done, sorted by path; or only if reviewers have ``accepted`` it.
 
     Raises ManifestError if there is none, StoreError if the log or a record cannot be read or a record was changed.
     """
     newest = runlog.newest_done(runlog.read_log(output_uri, (*runlog.OF_OUTPUTS, *_COLUMNS)))
     if not newest:
         raise ManifestError(f"{output_uri}: holds no finished image; give the output folder of a run, or its manifest")
-    return [_deliverable(output_uri, row) for row in newest.values()]
+    rows = list(newest.values())
+    if accepted:
+        decided = review.read(output_uri)
+        good = {key for key, one in decided.items() if one.decision == "accept"}
+        rows = [row for row in rows if (row["id"], row["fingerprint"]) in good]
+        if not rows:
+            raise ManifestError(
+                f"{output_uri}: of {len(newest)} finished images none was accepted as it is now; "
+                f"decide in the report, then `supir-batch review import`"
+            )
+    return [_deliverable(output_uri, row) for row in rows]
 
 
-def bag(output_uri: str, target: str) -> int:
+def bag(output_uri: str, target: str, accepted: bool = False) -> int:
     """Make the folder ``target`` a BagIt 1.0 bag (SHA-256) of images and sidecars; returns the number of images.
 
     Raises ManifestError if ``target`` exists or is not local, StoreError for a file that is missing or was changed.
     """
-    found = deliverables(output_uri)
+    found = deliverables(output_uri, accepted)
     with _whole_or_absent(target) as folder:
         payload: dict[str, str] = {}
         for one in found:
@@ -85,14 +95,14 @@ def bag(output_uri: str, target: str) -> int:
     return len(found)
 
 
-def archivematica(output_uri: str, target: str) -> int:
+def archivematica(output_uri: str, target: str, accepted: bool = False) -> int:
     """Make the folder ``target`` a transfer for Archivematica; returns the number of images.
 
     The originals go to ``objects/``, the outputs as access copies with the stems of their originals to
     ``objects/manualNormalization/access/`` with ``normalization.csv``, hashes to ``metadata/checksum.sha256``, records
     to ``metadata/submissionDocumentation/``. Raises as ``bag``; a source must still be what it was.
     """
-    found = deliverables(output_uri)
+    found = deliverables(output_uri, accepted)
     with _whole_or_absent(target) as folder:
         objects, hashes, relations = folder / "objects", dict[str, str](), io.StringIO()
         writer = csv.writer(relations, lineterminator="\n")

@@ -25,7 +25,7 @@ _CONTEXT = "http://iiif.io/api/presentation/3/context.json"
 _LONGER_SIDE = 4096  # of the JPEGs for viewers, pixels
 
 
-def write_manifests(output_uri: str, base_url: str) -> int:
+def write_manifests(output_uri: str, base_url: str, accepted: bool = False) -> int:
     """Write manifests for all images that are done; ``base_url`` is where the output folder is published.
 
     Each manifest is written after its pictures and the collection after the manifests, each whole. Returns the number
@@ -35,7 +35,7 @@ def write_manifests(output_uri: str, base_url: str) -> int:
     if not re.fullmatch(r"https?://[^\s?#]+", base_url):
         raise ManifestError(f"--iiif {base_url}: must be an address such as https://example.org/restored")
     base = base_url.rstrip("/")
-    found = deliverables(output_uri)
+    found = deliverables(output_uri, accepted)
     manifests = [_write(output_uri, base, one) for one in found]
     collection = {
         "@context": _CONTEXT,

@@ -73,6 +73,9 @@ SOURCES = pa.schema(
         ("seed", pa.int64()),
         ("material", TEXT),
         ("page", pa.int64()),
+        ("preset", TEXT),
+        ("restoration_tau", pa.float64()),
+        ("replaces", TEXT),
     ]
 )
 """Sources as a table: the fields of :class:`~supir_batch.types.Source`, null where nothing is given or known.

@@ -30,11 +30,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from supir_batch import runlog, store
+from supir_batch import review, runlog, store
 from supir_batch.captions import CAPTIONS_FOLDER
 from supir_batch.errors import ManifestError, StoreError
 from supir_batch.manifest import (
     IMAGE_EXTENSIONS,
+    SOURCES,
     TEXT,
     Lazy,
     Rows,
@@ -72,7 +73,11 @@ _EXTENSIONS = {
 QUARANTINED = ("hang", "poison")
 """Kinds of failure that a run does not try again."""
 
-_OVERRIDES = ("prompt", "negative_prompt", "upscale", "seed", "material", "page", "sidecar")  # what rows decide
+_OF_REVIEWS = ("prompt", "preset", "restoration_tau", "seed")
+_OVERRIDES = (  # what rows decide
+    *("prompt", "negative_prompt", "upscale", "seed", "material", "page", "sidecar", "preset", "restoration_tau"),
+    "replaces",
+)
 _MAX_PROBLEMS = 20
 _LOOKUPS = 32  # concurrent reads of captions
 _PIECE = 65_536  # names handed to Arrow at once
@@ -84,14 +89,15 @@ class Selection:
     """Which of a manifest's images a run is about, and in which order.
 
     ``only`` and ``besides`` are patterns for ids (case counts, ``*`` spans folders); without ``only``, all are meant.
-    ``retry`` are ids of images that failed; of these, quarantined ones are tried again, too. ``shuffle_seed`` decides
-    the order of work; None: that of the inputs.
+    ``retry`` are ids of images that failed; of these, quarantined ones are tried again, too. ``redo`` are ids of images
+    that a reviewer sent back. ``shuffle_seed`` decides the order of work; None: that of the inputs.
     """
 
     only: tuple[str, ...] = ()
     besides: tuple[str, ...] = ()
     retry: frozenset[str] | None = None
     shuffle_seed: int | None = None
+    redo: frozenset[str] | None = None
 
     def chosen(self, ids: pa.ChunkedArray) -> NDArray[np.bool_]:
         """Which ids are meant. Raises ManifestError when patterns were given and leave none."""
@@ -103,8 +109,14 @@ class Selection:
         if not chosen.any():
             given = ", ".join(map(repr, (*self.only, *self.besides)))
             raise ManifestError(f"no id is left of {len(ids)} by {given}; plan --json shows the ids")
-        if self.retry is not None:
-            chosen &= np.asarray(pc.is_in(ids, pa.array(sorted(self.retry), TEXT)))
+        if self.redo is not None and (foreign := self.redo - set(ids.to_pylist())):
+            raise ManifestError(
+                f"{len(foreign)} of {len(self.redo)} images to redo are not among those of the manifest, "
+                f"such as {min(foreign)!r}; give the manifest that they were restored with"
+            )
+        for wanted_ids in (self.retry, self.redo):
+            if wanted_ids is not None:
+                chosen &= np.asarray(pc.is_in(ids, pa.array(sorted(wanted_ids), TEXT)))
         return chosen
 
     def ordered(self, rows: Rows, count: int) -> Rows:
@@ -172,6 +184,7 @@ def make_plan(
     write the same output, or an output would overwrite an input.
     """
     listed = list_sources(manifest, manifest_uri, lambda table: selection.chosen(table.column("id")))
+    listed = replace(listed, table=_reviewed(listed.table, review.redone(review.read(manifest.output.uri))))
     names = _output_names(manifest, listed)
     _refuse_collisions(manifest, manifest_uri, listed, names)
     _refuse_overwriting(manifest, manifest_uri, listed, names)
@@ -205,6 +218,26 @@ def make_plan(
         quarantined=Lazy(quarantined, lambda rows: map(Todo, work.jobs(rows), (log.quarantined[row] for row in rows))),
         reasons={text: count for text, count in counts.most_common() if count},
     )
+
+
+def _reviewed(table: pa.Table, wanted: Mapping[str, review.Decision]) -> pa.Table:
+    """The list with what reviewers want for images that they sent back."""
+    rows = numbers_in(pa.chunked_array([pa.array(wanted, TEXT)]), table.column("id").combine_chunks())
+    decided = {int(row): one for row, one in zip(rows, wanted.values(), strict=True) if row >= 0}
+    if not decided:
+        return table
+    for name in (*_OF_REVIEWS, "replaces"):
+        there = name in table.column_names
+        values = table.column(name).to_pylist() if there else [None] * len(table)
+        for row, one in decided.items():
+            given = one.fingerprint if name == "replaces" else getattr(one, name)
+            values[row] = values[row] if given is None else given
+        column = pa.array(values, SOURCES.field(name).type)
+        if there:
+            table = table.set_column(table.column_names.index(name), name, column)
+        else:
+            table = table.append_column(name, column)
+    return table
 
 
 # --- where outputs go ----------------------------------------------------------------------------------------------

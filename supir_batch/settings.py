@@ -50,6 +50,7 @@ DEFAULT_NOTICE = "AI-assisted reconstruction; details may not be in the original
 NAMING_FIELDS = ("stem", "id", "engine", "upscale")
 MAX_SEED = 2**63 - 1
 
+Preset = Literal["fidelity", "quality", "fidelity-lightning", "quality-lightning"]
 Material = Literal["photograph", "painting", "drawing", "document", "map"]
 
 # Weights under these licenses run only after the manifest names the license.
@@ -154,7 +155,7 @@ class Engine(_Section):
         description="Number format inside control encoder and UNet; unless float32, autoencoder and text use bfloat16. "
         "Left out: the model's own.",
     )
-    preset: Literal["fidelity", "quality", "fidelity-lightning", "quality-lightning"] = Field(
+    preset: Preset = Field(
         default="fidelity",
         description="fidelity: close to the source; lightning: few steps, for a model with a Lightning base or LoRA.",
     )
@@ -510,6 +511,15 @@ def load_manifest(
     return _layered(_parse_yaml(store.read_text(uri), uri), uri, overrides, environ)
 
 
+def manifest_name(uri: str) -> str:
+    """What the manifest at ``uri`` calls itself; "" if it does not, or cannot be read."""
+    try:
+        found = _parse_yaml(store.read_text(uri), uri).get("name")
+    except (ManifestError, StoreError):
+        return ""
+    return found if isinstance(found, str) else ""
+
+
 def manifest_of_folder(
     folder: str, output: str, overrides: Mapping[str, str] | None = None, environ: Mapping[str, str] | None = None
 ) -> Manifest:
@@ -796,6 +806,7 @@ def resolve(
     caption mode ``sidecar``; ``captioner_identity`` says what the captioner is, for mode ``llava``. Raises
     ManifestError when the caption mode needs a text that is not there.
     """
+    manifest = _overridden(manifest, source)
     engine, generative = manifest.engine, manifest.engine.name == "supir"
     sampling = _sampling(manifest)
     prompt, prompt_source = _prompt(manifest, source, sidecar)
@@ -864,6 +875,15 @@ def resolve(
         accepted_license=engine.accept_license if generative and config.license in _ACCEPTANCE_NEEDED else None,
         signed=manifest.signing.key is not None,
     )
+
+
+def _overridden(manifest: Manifest, source: Source) -> Manifest:
+    """The manifest with the engine's settings that a reviewer wants for this image."""
+    wanted = {"preset": source.preset, "restoration_tau": source.restoration_tau}
+    given = {key: value for key, value in wanted.items() if value is not None}
+    if not given:
+        return manifest
+    return manifest.model_copy(update={"engine": manifest.engine.model_copy(update=given)})
 
 
 # What a non-generative engine records for the values it does not use.
@@ -946,7 +966,7 @@ def _prompt(manifest: Manifest, source: Source, sidecar: str | None) -> tuple[st
     if manifest.engine.name != "supir":
         return "", "none"
     if source.prompt is not None:
-        return source.prompt, "manifest"
+        return source.prompt, "manifest" if source.replaces is None else "review"
     if caption.mode == "fixed":
         return caption.text, "fixed"
     if caption.mode == "none":

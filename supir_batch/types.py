@@ -20,6 +20,7 @@ Compression = Literal["deflate", "lzw", "none"]
 FewLevels = Literal["expand", "refuse"]  # what becomes of 1 to 7-bit and palette images
 Status = Literal["done", "failed"]
 Sidecar = Literal["json", "premis"]
+Verdict = Literal["accept", "reject", "redo", "undecided"]  # of a person who looked at an output
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Source:
     ``relative`` is its path below the input root, with extension; the output mirrors it.
     ``version`` changes whenever the bytes behind ``uri`` may have changed (size and mtime, or an ETag); empty, with
     ``size`` 0, while nobody has looked, because the manifest gives ``sha256``.
+    ``replaces`` is the fingerprint of the output that a reviewer sent back, to be made anew with what is given here.
     """
 
     id: str
@@ -45,6 +47,9 @@ class Source:
     seed: int | None = None
     material: str | None = None
     page: int | None = None  # of a TIFF with several; None: the manifest's
+    preset: str | None = None
+    restoration_tau: float | None = None
+    replaces: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Settings:
     vae_tile: int  # pixels; 0: not tiled
     caption_mode: str
     prompt: str | None  # None: to be captioned
-    prompt_source: str  # "manifest" | "sidecar" | "fixed" | "none" | "attributes" | "llava"
+    prompt_source: str  # "manifest" | "review" | "sidecar" | "fixed" | "none" | "attributes" | "llava"
     positive_prompt: str  # appended to the caption
     negative_prompt: str
     captioner: str  # name of the model; this and the next eight are "" or 0 unless it captions this image

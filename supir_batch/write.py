@@ -288,6 +288,7 @@ def _sidecar(ticket: TileTicket, record: provenance.ProvenanceRecord, output: Co
             "source_uri": source.uri,
             "source_bytes": source.size,
             "source_sha256_given": source.sha256 is not None,
+            "replaces": source.replaces,
             "stages": [dataclasses.asdict(stage) for stage in ticket.records],
         },
     }

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from supir_batch import runlog, store
+from supir_batch import review, runlog, store
 from supir_batch.errors import ManifestError
 from supir_batch.plan import Plan, Selection, make_plan
 from supir_batch.settings import Manifest, load_manifest
@@ -393,3 +393,68 @@ def test_jobs_are_made_when_asked_for(archive: Archive) -> None:
     assert len(list(todo)) == len(todo) == 1102
     with pytest.raises(IndexError):
         todo[1102]
+
+
+# --- what reviewers sent back --------------------------------------------------------------------------------------
+
+
+def sent_back(archive: Archive, id: str, **wanted: Any) -> None:
+    review.append(
+        str(archive.output), [review.parse({"id": id, "fingerprint": "f" * 64, "decision": "redo", **wanted})]
+    )
+
+
+def test_what_a_reviewer_sent_back_is_new_work_with_other_settings(archive: Archive) -> None:
+    archive.did_all(archive.plan())
+    sent_back(archive, "a.tif", prompt="a horse", preset="quality", restoration_tau=2.5, seed=7)
+    plan = archive.plan(selection=Selection(redo=frozenset(["a.tif"])))
+    (todo,) = plan.todo
+    before = archive.plan(output={"uri": str(archive.output) + "2"}).todo[0].job
+    settings = todo.job.settings
+    assert (settings.prompt, settings.prompt_source, settings.preset) == ("a horse", "review", "quality")
+    assert (settings.restoration_tau, settings.seed) == (2.5, 7)
+    assert settings.cfg_end == TINY.presets["quality"].cfg_end
+    assert settings.steps == before.settings.steps
+    assert todo.job.settings_sha256 != before.settings_sha256
+    assert todo.job.source.replaces == "f" * 64
+    assert todo.job.output_stem == str(archive.output / "a")
+    assert todo.reason.startswith("settings changed: ")
+    assert "preset: fidelity -> quality" in todo.reason
+
+
+def test_a_redo_holds_for_later_runs_until_it_is_taken_back(archive: Archive) -> None:
+    archive.did_all(archive.plan())
+    sent_back(archive, "a.tif", seed=7)
+    archive.did_all(archive.plan(selection=Selection(redo=frozenset(["a.tif"]))))
+    assert not archive.plan().todo  # the next night does not make the old one again
+    assert [entry.job.settings.seed for entry in archive.plan(engine={"steps": 3}).todo] == [7, None]
+    sent_back(archive, "a.tif", seed=8)
+    assert [entry.job.settings.seed for entry in archive.plan().todo] == [8]
+    undo = review.parse({"id": "a.tif", "fingerprint": "f" * 64, "decision": "undecided"})
+    review.append(str(archive.output), [undo])
+    assert [entry.job.settings.seed for entry in archive.plan().todo] == [None]
+
+
+def test_a_redo_keeps_what_the_list_says_otherwise(archive: Archive) -> None:
+    archive.add("a.tif", "b.tif")
+    listed = archive.input / "list.csv"
+    listed.write_text("uri,prompt,seed,negative_prompt\na.tif,from the list,1,none\nb.tif,other,2,\n")
+    sent_back(archive, "a.tif", seed=9)
+    first, second = (entry.job.settings for entry in archive.plan(str(listed)).todo)
+    assert (first.prompt, first.seed, first.negative_prompt) == ("from the list", 9, "none")
+    assert (second.prompt, second.seed, second.prompt_source) == ("other", 2, "manifest")
+
+
+def test_images_to_redo_must_be_those_of_the_manifest(archive: Archive) -> None:
+    archive.add("a.tif")
+    with pytest.raises(
+        ManifestError, match=r"1 of 2 images to redo are not among those of the manifest, such as 'z.tif'"
+    ):
+        archive.plan(selection=Selection(redo=frozenset(["a.tif", "z.tif"])))
+
+
+def test_a_preset_that_the_weights_lack_is_told(archive: Archive) -> None:
+    archive.add("a.tif")
+    sent_back(archive, "a.tif", preset="quality-lightning")
+    with pytest.raises(ManifestError, match="have no preset 'quality-lightning'"):
+        archive.plan()
