@@ -83,6 +83,12 @@ CauseOption = Annotated[
     list[str] | None,
     typer.Option("--cause", metavar="KIND", help="Only failures of this kind, as 'failures' shows it. Repeatable."),
 ]
+SamplesOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Restore images with faces or text with N seeds, to map where they differ: N times."
+    ),
+]
 AnchorsOption = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="Certificates (PEM) of those whose signatures are trusted."),
@@ -124,12 +130,15 @@ def run(
     only: OnlyOption = None,
     besides: ExceptOption = None,
     shuffle_seed: ShuffleOption = None,
+    samples: SamplesOption = None,
     log_json: LogJsonOption = None,
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Restore what the manifest names and is not done yet."""
+    if samples is not None:
+        overrides = [*(overrides or []), f"audit.samples={samples}"]
     with _errors(debug):
         from supir_batch.plan import Selection
 
