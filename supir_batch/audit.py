@@ -213,7 +213,8 @@ class _Axis:
     """One axis of a tile, with pixels of some size, and the cells on it.
 
     ``place`` is what of the tile's own pixels becomes the ``length`` pixels. ``edges`` bound the cells, in these
-    pixels; besides those that are the tile's to answer for (``mine``) a neighbor at either end, to fit windows.
+    pixels; besides those that are the tile's to answer for (``mine``) a neighbor at either end, to fit windows. Where
+    all cells are of one size (``side``, else 0), ``missing`` is what the first and the last lack of it.
     """
 
     scale: float  # pixels for one of the source
@@ -222,6 +223,8 @@ class _Axis:
     edges: NDArray[np.int64]
     mine: slice
     first: int  # of the image's cells: where ``mine`` begins
+    side: int
+    missing: tuple[int, int]
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -249,8 +252,21 @@ def _axes(start: int, length: int, work: int, output: int, source: int, overlap:
         edges = np.rint(bounds * (size / grid)).astype(np.int64)
         before = int(first > 0 and edges[first] > low)
         after = int(last < len(bounds) - 1 and edges[last] < high)
-        used = np.clip(edges[first - before : last + after + 1], low, high) - low
-        return _Axis(size / grid, place, high - low, used, slice(before, before + last - first), first)
+        whole = edges[first - before : last + after + 1]
+        used = np.clip(whole, low, high)
+        sides = np.diff(whole)
+        even = len(sides) > 0 and (sides[:-1] == sides[0]).all() and sides[-1] <= sides[0]
+        missing = used[0] - whole[0], whole[0] + len(sides) * sides[0] - used[-1] if even else 0
+        return _Axis(
+            scale=size / grid,
+            place=place,
+            length=high - low,
+            edges=used - low,
+            mine=slice(before, before + last - first),
+            first=first,
+            side=int(sides[0]) if even else 0,
+            missing=(int(missing[0]), int(missing[1])),
+        )
 
     return axis(shown), axis(grid)
 
@@ -281,8 +297,16 @@ def _luma(image: FloatImage) -> Plane:
 
 def _cell_sums(plane: FloatImage, down: _Axis, across: _Axis, neighbors: bool = False) -> Sums:
     """Sums of [h, w] or [h, w, C] over the cells, with or without those that are not the tile's own."""
-    total = cv2.integral(plane, sdepth=cv2.CV_64F)
-    found: Sums = np.diff(np.diff(total[np.ix_(down.edges, across.edges)], axis=0), axis=1)
+    if down.side and across.side:  # four times as fast as the integral
+        plane = plane[down.edges[0] : down.edges[-1], across.edges[0] : across.edges[-1]]
+        if any((*down.missing, *across.missing)):
+            plane = cv2.copyMakeBorder(plane, *down.missing, *across.missing, cv2.BORDER_CONSTANT)
+        size = (len(across.edges) - 1, len(down.edges) - 1)
+        found: Sums = cv2.resize(plane, size, interpolation=cv2.INTER_AREA).astype(np.float64)
+        found *= down.side * across.side
+    else:
+        total = cv2.integral(plane, sdepth=cv2.CV_64F)
+        found = np.diff(np.diff(total[np.ix_(down.edges, across.edges)], axis=0), axis=1)
     return found if neighbors else found[down.mine, across.mine]
 
 

@@ -75,6 +75,7 @@ SUPIR_BATCH = [
     "encode",
     "commit",
     "checksums",
+    "regions",
     "decode",
     "engine",
     "captioner",
