@@ -124,8 +124,8 @@ def _text(grey: NDArray[np.uint8]) -> Boxes:
 
 
 def _blocks(lines: Boxes) -> Boxes:
-    """Lines that are no further apart than they are high, as one."""
-    margin = (lines[:, 3] - lines[:, 1])[:, None] / 2
+    """Lines that are no further apart than twice their height, as one."""
+    margin = (lines[:, 3] - lines[:, 1])[:, None]
     grown = np.concatenate([lines[:, :2] - margin, lines[:, 2:] + margin], axis=1)
     groups = list(_groups(_overlaps(grown) > 0))
     found = [np.concatenate([lines[group, :2].min(axis=0), lines[group, 2:].max(axis=0)]) for group in groups]

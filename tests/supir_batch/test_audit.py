@@ -19,10 +19,12 @@ from scipy.ndimage import gaussian_filter, shift
 
 from supir_batch import audit, resample, runlog, tiles
 from supir_batch.decode import decode
-from supir_batch.engine import LanczosEngine
+from supir_batch.engine import LanczosEngine, to_tensor
 from supir_batch.isolation import Guards
 from supir_batch.stages import RestoreStage, write_stage
 from supir_batch.types import AuditScores, FloatImage, ImageFacts, Job, Region, TileTicket
+from supir_model.config import TINY
+from supir_model.model import Request, Sampling, SupirModel
 
 MakeJob = Callable[..., Job]
 
@@ -246,6 +248,24 @@ def test_spread_is_the_deviation_of_luma(rng: np.random.Generator) -> None:
     assert (alone.spread, list(maps)) == (None, ["invention"])
 
 
+# --- what a model generates ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_a_model_samples_is_invented_where_it_has_drawn() -> None:
+    source = resample.resize(photograph()[64:256, 96:288], 96, 96)
+    known = facts(96, 96, 2.0)
+    before = resample.resize(source, 192, 192)
+    model = SupirModel.load("tiny", device="cpu")
+    sampling = Sampling.of(TINY.presets["quality"], TINY.window, TINY.stride)
+    request = Request(to_tensor(before), "a photograph of a woman", TINY.negative_prompt, seed=0)
+    restored = ((model.restore([request], sampling)[0] + 1) / 2).permute(1, 2, 0).numpy()
+    after = np.where(np.arange(192)[:, None] < 96, restored, before)  # the right half is only enlarged
+    _, invention = audited(source, lambda _: after, known=known)
+    assert invention[:, :5].mean() > 0.1
+    assert invention[:, 8:].max() < 0.02
+
+
 # --- in the stages -------------------------------------------------------------------------------------------------
 
 
@@ -354,12 +374,12 @@ def test_samples_map_where_seeds_differ_and_change_no_output(source: Path, make_
     assert row["audit_spread"] == pytest.approx(values.mean(), abs=1e-3)
 
 
-@pytest.mark.parametrize("regions", [None, ()])
+@pytest.mark.parametrize(("regions", "samples"), [(None, 0), ((), 4)])
 def test_images_without_flags_are_restored_once(
-    source: Path, make_job: MakeJob, guards: Guards, regions: tuple[Region, ...] | None
+    source: Path, make_job: MakeJob, guards: Guards, regions: tuple[Region, ...] | None, samples: int
 ) -> None:
     engine = _Inventive()
-    row = _run(make_job(source, audit_samples=4, **LOOSE), guards, engine, regions)
+    row = _run(make_job(source, audit_samples=samples, **LOOSE), guards, engine, regions)
     assert len(engine.seeds) == 1
     assert row["audit_spread"] is None
     assert row["audit_faces"] == (None if regions is None else 0)
