@@ -83,6 +83,12 @@ CauseOption = Annotated[
     list[str] | None,
     typer.Option("--cause", metavar="KIND", help="Only failures of this kind, as 'failures' shows it. Repeatable."),
 ]
+SamplesOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Restore images with faces or text with N seeds, to map where they differ: N times."
+    ),
+]
 AnchorsOption = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="Certificates (PEM) of those whose signatures are trusted."),
@@ -130,12 +136,15 @@ def run(
             metavar="FILE", help="Only images that this file of decisions (.csv, .json) marks redo, as it says."
         ),
     ] = None,
+    samples: SamplesOption = None,
     log_json: LogJsonOption = None,
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Restore what the manifest names and is not done yet."""
+    if samples is not None:
+        overrides = [*(overrides or []), f"audit.samples={samples}"]
     with _errors(debug):
         from supir_batch.plan import Selection
 
@@ -447,9 +456,10 @@ def show_config(
 def report(output: OutputArgument, debug: DebugOption = False) -> None:
     """Build the report of an output, before and after, with scores and decisions, and print where it is."""
     with _errors(debug):
+        from supir_batch import audit
         from supir_batch.report.build import build_report
 
-        typer.echo(build_report(_output_uri(output)))
+        typer.echo(build_report(_output_uri(output), audit.maps))
 
 
 @app.command()
@@ -461,11 +471,12 @@ def serve(
 ) -> None:
     """Build the report of an output, serve it, and save decisions as they are made. Prints the address to open."""
     with _errors(debug):
+        from supir_batch import audit
         from supir_batch.report import serve as server
         from supir_batch.report.build import build_report
 
         uri = _output_uri(output)
-        build_report(uri)
+        build_report(uri, audit.maps)
         server.serve(uri, host, port, server.new_token(), typer.echo)
 
 

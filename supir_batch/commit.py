@@ -14,10 +14,11 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from supir_batch import encode, premis, store
 from supir_batch.signing import credentials_uri
-from supir_batch.types import GateScores, Job, Sidecar
+from supir_batch.types import AuditScores, GateScores, Job, Region, Sidecar
 
 _CHUNK = 2**20
 
@@ -36,6 +37,7 @@ class Committed:
     seed: int = 0  # that the image is tagged with
     again: bool = False  # some of it was restored a second time
     scores: GateScores | None = None
+    audit: AuditScores | None = None
 
 
 def output_uri(job: Job, source_format: str) -> str:
@@ -132,7 +134,14 @@ def _read_record(uri: str) -> tuple[str, Committed] | None:
             int(record["seed"]),
             again=bool(gate.pop("restored_again", False)),
             scores=GateScores(**gate) if gate else None,
+            audit=_audit(record["audit"]) if record.get("audit") else None,
         )
         return str(record["fingerprint"]), claim
     except (ValueError, KeyError, TypeError, AttributeError):
         return None  # a foreign or damaged .json: the output does not count, and is made (and recorded) anew
+
+
+def _audit(fields: dict[str, Any]) -> AuditScores:
+    regions = fields["regions"]
+    found = None if regions is None else tuple(Region(**region) for region in regions)
+    return AuditScores(**fields | {"regions": found})

@@ -24,6 +24,7 @@ from supir_batch import (
     parts,
     probe,
     readers,
+    regions,
     released,
     resample,
     settings,
@@ -33,7 +34,7 @@ from supir_batch import (
 from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.errors import ImageError
 from supir_batch.readers import Raster
-from supir_batch.types import FloatImage, ImageFacts, Job, TileBox, TileTicket
+from supir_batch.types import FloatImage, ImageFacts, Job, Region, TileBox, TileTicket
 
 PREVIEW_SIZE = 512
 """Longest side, in pixels, of the preview that the captioner sees."""
@@ -148,6 +149,7 @@ def _decode(blank: TileTicket, alignment: int, look: bool) -> Iterator[DecodedTi
         carries_color=tone.kind == "color" and color.exceeds_srgb(raster.icc, facts.bands),
         tone=tone.kind,
         tone_curve=tone.curve,
+        regions=_regions(raster, facts) if chosen.audit_samples else None,
     )
     ticket = dataclasses.replace(ticket, facts=facts, source_metadata=described.to_bytes())
     squashed = _squashed(raster, facts) if chosen.geometry == "released" else None
@@ -164,6 +166,11 @@ def _decode(blank: TileTicket, alignment: int, look: bool) -> Iterator[DecodedTi
             pixels = np.ascontiguousarray(squashed[box.y : box.y + box.height, box.x : box.x + box.width])
         yield DecodedTile(watch.record(dataclasses.replace(ticket, box=box)), pixels, carried)
         watch = Stopwatch("decode")  # the first tile's time has that of reading; none has the time in between
+
+
+def _regions(raster: Raster, facts: ImageFacts) -> tuple[Region, ...]:
+    """What is to be watched where detail is generated."""
+    return regions.find(raster.reduced(regions.SIZE), facts.width, facts.height)
 
 
 def _squashed(raster: Raster, facts: ImageFacts) -> FloatImage:

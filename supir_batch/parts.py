@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.lib import format as npy
 
 from supir_batch import store
-from supir_batch.types import FloatImage, GateScores, Job, TileBox, TileTicket
+from supir_batch.types import FloatImage, GateScores, Job, TileAudit, TileBox, TileTicket
 
 PARTS_FOLDER = "_parts"  # below the output
 
@@ -26,13 +27,14 @@ class Part:
     box: TileBox
     scores: GateScores | None
     again: bool
+    audit: TileAudit | None = None
 
     @classmethod
     def of(cls, ticket: TileTicket) -> Self:
         """The part that a ticket stands for. Raises ValueError if it has no box."""
         if ticket.box is None:
             raise ValueError("the ticket carries no tile box")
-        return cls(ticket.box, ticket.scores, ticket.again)
+        return cls(ticket.box, ticket.scores, ticket.again, ticket.tile_audit)
 
 
 def uri(job: Job, fingerprint: str, index: int) -> str:
@@ -43,7 +45,7 @@ def uri(job: Job, fingerprint: str, index: int) -> str:
 def keep(job: Job, fingerprint: str, part: Part, pixels: FloatImage) -> None:
     """Store a tile [h, w, C]; once its pixels are there, all of it is."""
     place = uri(job, fingerprint, part.box.index)
-    store.write_atomic(_about(place), json.dumps(dataclasses.asdict(part)).encode())
+    store.write_atomic(_about(place), json.dumps(dataclasses.asdict(part), default=_text).encode())
     buffer = io.BytesIO()
     np.save(buffer, pixels)
     store.write_atomic(place, buffer.getvalue())
@@ -65,8 +67,18 @@ def read(job: Job, fingerprint: str, count: int) -> list[Part]:
     for index in range(count):
         fields = json.loads(store.read_text(_about(uri(job, fingerprint, index))))
         scores = None if fields["scores"] is None else GateScores(**fields["scores"])
-        found.append(Part(TileBox(**fields["box"]), scores, fields["again"]))
+        audit = None if fields.get("audit") is None else _audit(fields["audit"])
+        found.append(Part(TileBox(**fields["box"]), scores, fields["again"], audit))
     return found
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _audit(fields: dict[str, Any]) -> TileAudit:
+    maps = ("delta_e", "invention", "spread")
+    return TileAudit(**fields | {name: base64.b64decode(fields[name]) for name in maps})
 
 
 class Kept:

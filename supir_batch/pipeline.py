@@ -439,6 +439,7 @@ def _ray(runtime: Runtime, verbose: bool) -> Iterator[None]:
     # threads of several workers share the cores; spinning ones would take them from each other
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("VIPS_CONCURRENCY", "1")
+    os.environ.setdefault("OPENCV_FOR_THREADS_NUM", "1")
     # glibc would give every array of some megabytes back to the system, and pay for each of its pages again
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 * 2**20))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(128 * 2**20))

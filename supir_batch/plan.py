@@ -22,7 +22,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,8 +51,11 @@ from supir_batch.manifest import (
     split,
 )
 from supir_batch.parts import PARTS_FOLDER
-from supir_batch.settings import Manifest, resolve, settings_hash
+from supir_batch.settings import IDENTIFYING, Manifest, resolve, settings_hash
 from supir_batch.types import Failure, Job, ModelRef, Settings, Source
+
+AUDIT_FOLDER = "_audit"
+"""Where an output keeps the pictures of its audit, below it."""
 
 IIIF_FOLDER = "_iiif"
 """Where an output keeps what viewers want, below it."""
@@ -60,7 +63,7 @@ IIIF_FOLDER = "_iiif"
 REPORT_FOLDER = "report"
 """Where an output keeps its report, below it."""
 
-OWN_FOLDERS = (runlog.RUNS_FOLDER, PARTS_FOLDER, CAPTIONS_FOLDER, IIIF_FOLDER, REPORT_FOLDER)
+OWN_FOLDERS = (runlog.RUNS_FOLDER, PARTS_FOLDER, CAPTIONS_FOLDER, AUDIT_FOLDER, IIIF_FOLDER, REPORT_FOLDER)
 """The folders of an output in which no images of its sources lie."""
 
 _EXTENSIONS = {
@@ -749,7 +752,7 @@ def _changes(work: _Work, log: _Log, rows: Rows, pairs: Rows, number: Rows) -> l
 def _logged_settings(output_uri: str, wanted: set[str | None]) -> dict[str | None, dict[str, Any]]:
     """One row of the log for each of these hashes of settings."""
     found: dict[str | None, dict[str, Any]] = {}
-    columns = ["settings_sha256", *(f"setting_{one.name}" for one in fields(Settings))]
+    columns = ["settings_sha256", *(f"setting_{name}" for name in IDENTIFYING)]
     for piece in runlog.stream_log(output_uri, columns, rows=1):  # a little at a time: mostly the first has them
         missing = pa.array([one for one in wanted if one not in found], pa.string())
         rows = piece.filter(pc.is_in(piece.column("settings_sha256"), missing))
@@ -760,7 +763,7 @@ def _logged_settings(output_uri: str, wanted: set[str | None]) -> dict[str | Non
 
 
 def _changed(settings: Settings, last: Mapping[str, Any]) -> list[str]:
-    pairs = [(f.name, last[f"setting_{f.name}"], getattr(settings, f.name)) for f in fields(settings)]
+    pairs = [(name, last[f"setting_{name}"], getattr(settings, name)) for name in IDENTIFYING]
     return [f"{key}: {_short(before)} -> {_short(now)}" for key, before, now in pairs if before != now]
 
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from supir_batch import __version__, store
 from supir_batch.errors import StoreError, TransientStoreError
-from supir_batch.types import Outcome, Settings
+from supir_batch.types import Outcome, Region, Settings
 
 SCHEMA_VERSION = 1
 RUNS_FOLDER = "_runs"
@@ -56,6 +56,14 @@ def _arrow_type(hint: Any) -> pa.DataType:
 _SETTING_TYPES = {key: _arrow_type(hint) for key, hint in get_type_hints(Settings).items()}
 
 _SCORES = ("color_drift", "similarity", "dead", "seam")
+_AUDIT_SCORES = ("psnr", "ssim", "delta_e", "delta_e_90", "sharpness", "invention", "invented", "spread")
+_REGION = pa.struct(
+    [
+        ("kind", pa.string()),
+        *((side, pa.int64()) for side in ("x", "y", "width", "height")),
+        ("invention", pa.float64()),
+    ]
+)
 
 SCHEMA = pa.schema(
     [
@@ -103,6 +111,12 @@ SCHEMA = pa.schema(
         ("restored_again", pa.bool_()),
         ("gate_finite", pa.bool_()),
         *((f"gate_{key}", pa.float64()) for key in _SCORES),
+        *((f"audit_{key}", pa.float64()) for key in _AUDIT_SCORES),
+        ("audit_faces", pa.int64()),
+        ("audit_face_invention", pa.float64()),
+        ("audit_texts", pa.int64()),
+        ("audit_text_invention", pa.float64()),
+        ("audit_regions", pa.list_(_REGION)),
         *((f"setting_{key}", kind) for key, kind in _SETTING_TYPES.items()),
         *((f"seconds_{stage}", pa.float64()) for stage in STAGES),
         ("peak_memory_bytes", pa.int64()),
@@ -181,6 +195,10 @@ def to_row(outcome: Outcome, run_id: str) -> dict[str, Any]:
     if ticket.scores is not None:
         row |= {"restored_again": ticket.again, "gate_finite": ticket.scores.finite}
         row |= {f"gate_{key}": getattr(ticket.scores, key) for key in _SCORES}
+    if ticket.audit is not None:
+        row |= {f"audit_{key}": getattr(ticket.audit, key) for key in _AUDIT_SCORES}
+        if ticket.audit.regions is not None:
+            row |= _regions(ticket.audit.regions)
     if failure is not None:
         row |= {f"failure_{field.name}": getattr(failure, field.name) for field in dataclasses.fields(failure)}
     row |= {f"setting_{key}": value for key, value in dataclasses.asdict(job.settings).items()}
@@ -188,6 +206,15 @@ def to_row(outcome: Outcome, run_id: str) -> dict[str, Any]:
         seconds = [record.seconds for record in ticket.records if record.stage == stage]
         row[f"seconds_{stage}"] = sum(seconds) if seconds else None
     return row | _versions()
+
+
+def _regions(regions: Sequence[Region]) -> dict[str, Any]:
+    row: dict[str, Any] = {"audit_regions": [dataclasses.asdict(region) for region in regions]}
+    for kind in ("face", "text"):
+        found = [region.invention for region in regions if region.kind == kind]
+        row[f"audit_{kind}s"] = len(found)
+        row[f"audit_{kind}_invention"] = max((one for one in found if one is not None), default=None)
+    return row
 
 
 class RunLog:

@@ -360,6 +360,27 @@ class Gate(_Section):
     )
 
 
+class Audit(_Section):
+    """What is measured on each output to say where to look. It decides nothing: changing it makes no image anew."""
+
+    enabled: bool = Field(
+        default=True, description="Compare each output with its source, and draw a map of what was invented."
+    )
+    samples: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Restore images with faces or text with so many seeds, for a map of where they differ; "
+        "takes as many times as long. The output is that of the first seed.",
+    )
+
+    @model_validator(mode="after")
+    def _samples_are_audited(self) -> Audit:
+        if self.samples > 1 and not self.enabled:
+            raise ValueError("samples are part of the audit; set enabled to true or leave samples out")
+        return self
+
+
 class Provenance(_Section):
     """What is written into each output about its making."""
 
@@ -461,6 +482,7 @@ class Manifest(_Section):
     caption: Caption = Caption()
     tiling: Tiling = Tiling()
     gate: Gate = Gate()
+    audit: Audit = Audit()
     provenance: Provenance = Provenance()
     signing: Signing = Signing()
     runtime: Runtime = Runtime()
@@ -869,6 +891,8 @@ def resolve(
         pyramid=may_be_tiff and manifest.output.pyramid,
         quality=manifest.output.quality,
         **{f"gate_{key}": value for key, value in dataclasses.asdict(_gate(manifest)).items()},
+        audit_enabled=manifest.audit.enabled,
+        audit_samples=manifest.audit.samples if generative and manifest.audit.enabled else 0,
         notice=manifest.provenance.notice,
         operator=manifest.provenance.operator,
         organization=manifest.provenance.organization,
@@ -1018,6 +1042,9 @@ def explain(manifest: Manifest) -> list[Explained]:
             explained.append(Explained(key, None, "not used by lanczos"))
         elif key in _LLAVA_KEYS and manifest.caption.mode != "llava":
             explained.append(Explained(key, None, "only used by caption.mode llava"))
+        elif key == "audit.samples" and not (generative and manifest.audit.enabled):
+            reason = "not used by lanczos" if manifest.audit.enabled else "not used without audit.enabled"
+            explained.append(Explained(key, 0, reason))
         elif key in unused:
             explained.append(Explained(key, 0.0, f"not used by sampler {sampler}"))
         elif key in _TIFF_KEYS and manifest.output.format not in ("source", "tiff"):
@@ -1069,14 +1096,21 @@ _LLAVA_KEYS = {
 _FLOAT_FIELDS = {key for key, hint in get_type_hints(Settings).items() if hint is float or float in get_args(hint)}
 
 
+IDENTIFYING = tuple(
+    field.name for field in dataclasses.fields(Settings) if not field.name.startswith(("gate_", "audit_"))
+)
+"""The settings that make an output another one, and so are part of its identity.
+
+The limits of the output gate are not: who allows more for a few images does not want all others made anew. Nor is the
+audit, which changes no output.
+"""
+
+
 @functools.lru_cache(maxsize=4096)  # most images of a run share their settings
 def settings_hash(settings: Settings) -> str:
-    """SHA-256 (hex) of the settings' canonical JSON: sorted keys, no spaces, floats by their shortest exact form.
-
-    The limits of the output gate are left out: who allows more for a few images does not want all others made anew.
-    """
-    names = [field.name for field in dataclasses.fields(settings) if not field.name.startswith("gate_")]
-    values = {name: getattr(settings, name) for name in names}
+    """SHA-256 (hex) of the canonical JSON of what is ``IDENTIFYING``: sorted keys, no spaces, floats by their shortest
+    exact form."""
+    values = {name: getattr(settings, name) for name in IDENTIFYING}
     for key in _FLOAT_FIELDS & values.keys():
         if values[key] is not None:
             values[key] = float(values[key])  # 1 and 1.0 are the same setting
@@ -1099,4 +1133,13 @@ def item_seed(settings: Settings, source_sha256: str) -> int:
 
 def second_seed(seed: int) -> int:
     """The seed of another attempt at a tile that went wrong with ``seed``, in [0, 2**63)."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:again".encode("ascii")).digest()[:8], "big") >> 1
+    return _derived_seed(seed, "again")
+
+
+def sample_seeds(seed: int, count: int) -> list[int]:
+    """Seeds of ``count`` restorations that are only compared with that of ``seed``, each in [0, 2**63)."""
+    return [_derived_seed(seed, f"sample {i + 1}") for i in range(count)]
+
+
+def _derived_seed(seed: int, purpose: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{purpose}".encode("ascii")).digest()[:8], "big") >> 1

@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from supir_batch import captions, engine, gate, runlog
+from supir_batch import audit, captions, engine, gate, runlog
 from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.captioner import Captioner, load_captioner
 from supir_batch.color import Tone
@@ -28,7 +28,7 @@ from supir_batch.decode import decode, preview
 from supir_batch.engine import Device, Engine, LoadEngine
 from supir_batch.errors import EngineError
 from supir_batch.isolation import Guards, Item
-from supir_batch.settings import second_seed
+from supir_batch.settings import sample_seeds, second_seed
 from supir_batch.types import FloatImage, Job, ModelRef, Outcome, TileTicket
 from supir_batch.write import refused, write
 
@@ -137,7 +137,7 @@ class _ModelStage(ABC, Generic[Model]):
                         raise group.refused
                     if isinstance(loaded, EngineError):
                         raise loaded
-                    with guard.deadline(len(members)):
+                    with guard.deadline(sum(self.effort(tickets[i]) for i in members)):
                         self.work(loaded, tickets, batch, members)
                 except Exception as error:  # whatever it is, it concerns these rows alone
                     for i in members:
@@ -164,6 +164,10 @@ class _ModelStage(ABC, Generic[Model]):
     def wanted(self, batch: Batch, index: int) -> bool:
         """Whether this stage has something to do for a row that still has work."""
         return True
+
+    def effort(self, ticket: TileTicket) -> int:
+        """How many times as long as a row usually takes this one may take."""
+        return 1
 
     @abstractmethod
     def work(self, loaded: Model, tickets: dict[int, TileTicket], batch: Batch, working: list[int]) -> None:
@@ -223,6 +227,10 @@ class RestoreStage(_ModelStage[Engine]):
         """The engine of the run."""
         return self._load(self._model, self._device)
 
+    def effort(self, ticket: TileTicket) -> int:
+        """As many restorations as the audit wants."""
+        return _samples(ticket)
+
     def work(self, loaded: Engine, tickets: dict[int, TileTicket], batch: Batch, working: list[int]) -> None:
         """Fill in the prompt and replace the pixels."""
         for i in working:
@@ -234,7 +242,8 @@ class RestoreStage(_ModelStage[Engine]):
         restored = loaded.restore([tickets[i] for i in working], [pixels[i] for i in working])
         for i, tile in zip(working, restored, strict=True):
             try:
-                tickets[i], pixels[i] = _through_gate(loaded, tickets[i], pixels[i], tile)
+                ticket, chosen = _through_gate(loaded, tickets[i], pixels[i], tile)
+                tickets[i], pixels[i] = _audited(loaded, ticket, pixels[i], chosen), chosen
             except Exception as error:  # of a second attempt, which is this tile's alone
                 failure = failure_of(self.name, tickets[i].job.source, error)
                 tickets[i] = dataclasses.replace(tickets[i], failure=failure)
@@ -257,6 +266,25 @@ def _through_gate(
     if another is None:
         return first, after
     return dataclasses.replace(again, scores=gate.measure(before, another, tone)), another
+
+
+def _samples(ticket: TileTicket) -> int:
+    """With how many seeds the tile is to be restored: more than one only where a region was flagged."""
+    flagged = ticket.facts is not None and ticket.facts.regions
+    return max(1, ticket.job.settings.audit_samples) if flagged else 1
+
+
+def _audited(engine: Engine, ticket: TileTicket, before: FloatImage, after: FloatImage) -> TileTicket:
+    """The ticket with the audit of its tile, if one is wanted; what is restored for it alone goes no further."""
+    if ticket.facts is None or ticket.box is None:
+        raise ValueError("the ticket carries no image facts or no tile box")
+    chosen = ticket.job.settings
+    if not chosen.audit_enabled or ticket.scores is None or not ticket.scores.finite:
+        return ticket
+    seeds = sample_seeds(ticket.seed, _samples(ticket) - 1)
+    others = (engine.restore([dataclasses.replace(ticket, seed=seed)], [before])[0] for seed in seeds)
+    measured = audit.measure(before, after, ticket.facts, ticket.box, chosen.overlap, others)
+    return dataclasses.replace(ticket, tile_audit=measured)
 
 
 def write_stage(batch: Batch, guards: Guards) -> pa.Table:

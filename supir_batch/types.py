@@ -114,6 +114,8 @@ class Settings:
     gate_similarity: float
     gate_dead: float
     gate_seam: float
+    audit_enabled: bool
+    audit_samples: int  # restorations of a flagged image, with as many seeds; 0 if nothing is generated
     notice: str
     operator: str | None
     organization: str | None
@@ -151,6 +153,65 @@ class GateScores:
     similarity: float
     dead: float
     seam: float | None = None
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of the source, in its pixels after orientation, that looks like something to watch.
+
+    ``invention`` is the mean of the invention map in it, once that is known.
+    """
+
+    kind: Literal["face", "text"]
+    x: int
+    y: int
+    width: int
+    height: int
+    invention: float | None = None
+
+
+@dataclass(frozen=True)
+class TileAudit:
+    """What the audit of one tile adds to that of its image: sums over the cells it answers for, and their maps.
+
+    ``row``, ``column``: the first of its cells. ``pixels`` of the source. ``similarity`` is a sum over pixels, like
+    ``squared_error``; ``sharp_before`` and ``sharp_after`` are sums of squares. Maps hold one byte for each cell, row
+    by row, with the scales of ``audit``; ``spread`` is empty for a single restoration.
+    """
+
+    row: int
+    column: int
+    rows: int
+    columns: int
+    pixels: int
+    squared_error: float
+    similarity: float
+    sharp_before: float
+    sharp_after: float
+    delta_e: bytes = field(repr=False)
+    invention: bytes = field(repr=False)
+    spread: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class AuditScores:
+    """How true an output is to its source; ``audit`` has the definitions.
+
+    ``psnr``: dB, of luma, output reduced. ``ssim``: likewise. ``delta_e``, ``delta_e_90``: mean and 90th percentile of
+    Delta E 2000. ``sharpness``: fine detail, output over source; None where the source has none. ``invention``: mean of
+    the map; ``invented``: share of the area above one half. ``spread``: mean deviation between seeds, None for one
+    seed. ``regions``: None if nobody looked for any.
+    """
+
+    psnr: float
+    ssim: float
+    delta_e: float
+    delta_e_90: float
+    sharpness: float | None
+    invention: float
+    invented: float
+    spread: float | None
+    regions: tuple[Region, ...] | None
 
 
 @dataclass(frozen=True)
@@ -219,6 +280,7 @@ class ImageFacts:
     carries_color: bool = False  # tiles bring along what their colors lose on the way through sRGB
     tone: Literal["color", "neutral", "toned"] = "color"
     tone_curve: tuple[tuple[float, float], ...] = ()
+    regions: tuple[Region, ...] | None = None  # faces and text that were found; None: nobody looked
 
 
 @dataclass(frozen=True)
@@ -271,6 +333,8 @@ class TileTicket:
     prompt: str = ""  # the full positive prompt the engine used
     scores: GateScores | None = None  # of the tile; of the image once it is whole
     again: bool = False  # the tile went wrong and was restored a second time
+    tile_audit: TileAudit | None = None
+    audit: AuditScores | None = None  # of the image once it is whole
     failure: Failure | None = None
     recovered: bool = False
     kept: bool = False

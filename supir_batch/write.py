@@ -15,7 +15,20 @@ from pathlib import Path
 
 import numpy as np
 
-from supir_batch import color, commit, encode, gate, metadata, parts, provenance, released, resample, signing, store
+from supir_batch import (
+    audit,
+    color,
+    commit,
+    encode,
+    gate,
+    metadata,
+    parts,
+    provenance,
+    released,
+    resample,
+    signing,
+    store,
+)
 from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.commit import Committed
 from supir_batch.errors import ImageError, StoreError
@@ -52,7 +65,7 @@ def _failed(ticket: TileTicket, failure: Failure) -> Outcome:
 
 def _done(ticket: TileTicket, output: Committed) -> Outcome:
     """The outcome of an image whose output is ``output``, whoever made it: seed and scores are those of its record."""
-    ticket = dataclasses.replace(ticket, seed=output.seed, again=output.again, scores=output.scores)
+    ticket = dataclasses.replace(ticket, seed=output.seed, again=output.again, scores=output.scores, audit=output.audit)
     return Outcome(
         ticket,
         "done",
@@ -133,7 +146,7 @@ def _finish(
 ) -> Outcome:
     """From the image at working size, in strips of sRGB and what was carried, to the committed output."""
     job, settings = ticket.job, ticket.job.settings
-    ticket = _of_image(ticket, facts, found)
+    ticket, maps = _of_image(ticket, facts, found)
     if wrong := _complaints(ticket):
         return _failed(ticket, failure_of("write", job.source, _refusal(wrong)))
 
@@ -187,6 +200,7 @@ def _finish(
             seed=ticket.seed,
             again=ticket.again,
             scores=ticket.scores,
+            audit=ticket.audit,
         )
         told = dataclasses.replace(facts, notes=(*record.notes, *written))
         finished = watch.record(dataclasses.replace(ticket, facts=told))
@@ -194,6 +208,8 @@ def _finish(
         # alone, as times and signatures of two would differ.
         if (there := commit.committed(job, ticket.fingerprint, facts.format)) is not None:
             return _done(ticket, there)
+        if ticket.audit is not None:
+            audit.write(job.output_root, _below(output, job.output_root), maps)
         told_beside = _sidecar(finished, record, result) | {"signature": signed.signer if signed else None}
         result = commit.commit(result, path, told_beside, job.sidecars, signed.credentials if signed else b"")
     return _done(finished, result if len(found) == 1 else _last(finished, facts, result))
@@ -221,8 +237,8 @@ def _sign(path: Path, ticket: TileTicket, facts: ImageFacts, record: provenance.
         return signing.sign(path, record, name, original, job.signing)
 
 
-def _of_image(ticket: TileTicket, facts: ImageFacts, found: Sequence[Part]) -> TileTicket:
-    """The ticket of the last tile, with what concerns the whole image."""
+def _of_image(ticket: TileTicket, facts: ImageFacts, found: Sequence[Part]) -> tuple[TileTicket, dict[str, audit.Map]]:
+    """The ticket of the last tile, with what concerns the whole image, and the maps of its audit."""
     seed = item_seed(ticket.job.settings, facts.sha256)
     again = [str(part.box.index + 1) for part in found if part.again]
     if again:
@@ -230,13 +246,18 @@ def _of_image(ticket: TileTicket, facts: ImageFacts, found: Sequence[Part]) -> T
         note = f"{seeds}, in float32, after the output gate: tiles {', '.join(again)} of {len(found)}"
         facts = dataclasses.replace(facts, notes=(*facts.notes, note))
     scores = [part.scores for part in found if part.scores is not None]
-    return dataclasses.replace(
+    audits = [part.audit for part in found if part.audit is not None]
+    # tiles that were kept by a run without an audit have none
+    audited, maps = audit.combine(audits, facts) if len(audits) == len(found) else (None, {})
+    of_image = dataclasses.replace(
         ticket,
         facts=facts,
         seed=second_seed(seed) if len(again) == len(found) else seed,
         again=bool(again),
         scores=gate.combine(scores) if scores else None,
+        audit=audited,
     )
+    return of_image, maps
 
 
 def _complaints(ticket: TileTicket) -> list[str]:
@@ -281,6 +302,7 @@ def _sidecar(ticket: TileTicket, record: provenance.ProvenanceRecord, output: Co
         **provenance.to_json(record),
         "notes": list(ticket.facts.notes) if ticket.facts is not None else [],
         "gate": None if ticket.scores is None else dataclasses.asdict(ticket.scores) | {"restored_again": ticket.again},
+        "audit": None if ticket.audit is None else dataclasses.asdict(ticket.audit),
         "output": {"name": store.name(output.uri), "sha256": output.sha256, "bytes": output.size},
         "run": {
             "started_at": ticket.started_at,
@@ -292,6 +314,13 @@ def _sidecar(ticket: TileTicket, record: provenance.ProvenanceRecord, output: Co
             "stages": [dataclasses.asdict(stage) for stage in ticket.records],
         },
     }
+
+
+def _below(uri: str, folder: str) -> str:
+    path = store.relative_to(uri, folder)
+    if path is None:
+        raise ValueError(f"{uri} does not lie below {folder}")
+    return path
 
 
 def _now() -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import pyvips
 
+from supir_batch import audit
 from tests.runs import COMMAND, images, log_rows, manifest, photograph, run, wait_for_workers_to_end
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,14 @@ def test_bad_images_fail_alone_and_a_second_run_does_only_what_is_missing(folder
     rows = {row["id"]: row for row in log_rows(out)}
     assert {row["status"] for row in rows.values()} == {"done", "failed"}
     assert rows["large.tif"]["tiles"] > 1
+    for name in ("good.png", "large.tif"):
+        assert rows[name]["audit_psnr"] == 100  # nothing is done to pixels that are only enlarged
+        assert rows[name]["audit_invention"] < 0.02
+        (picture,) = audit.maps(str(out), rows[name]).values()
+        assert Path(picture).is_relative_to(out / "_audit")
+        width, height = rows[name]["source_width"], rows[name]["source_height"]
+        shown = pyvips.Image.new_from_file(picture)
+        assert (shown.width, shown.height) == (-(-width // 8), -(-height // 8))
     assert rows["good.png"]["setting_upscale"] == 1.5
     assert {path.name: path.read_bytes() for path in (folder / "in").iterdir()} == before  # originals untouched
 

@@ -357,19 +357,35 @@ def test_lanczos_ignores_what_it_does_not_use(tmp_path: Path) -> None:
     assert ("engine.steps", None, "not used by lanczos") in explain(busy)
 
 
+def test_the_audit_is_on_and_samples_are_for_what_generates(tmp_path: Path) -> None:
+    def audit(sections: str) -> tuple[bool, int]:
+        resolved = resolve(load(tmp_path, MINIMAL + sections), SOURCE, "hash")
+        return resolved.audit_enabled, resolved.audit_samples
+
+    assert audit("") == (True, 1)
+    assert audit("audit: {samples: 5}\n") == (True, 5)
+    assert audit("audit: {samples: 5}\nengine: {name: lanczos}\n") == (True, 0)
+    assert audit("audit: {enabled: false}\n") == (False, 0)
+    with pytest.raises(ManifestError, match="samples are part of the audit"):
+        load(tmp_path, f"{MINIMAL}audit: {{enabled: false, samples: 2}}\n")
+    plain = load(tmp_path, f"{MINIMAL}engine: {{name: lanczos}}\n")
+    assert ("audit.samples", 0, "not used by lanczos") in explain(plain)
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     return resolve(load(tmp_path, MINIMAL), SOURCE, "hash")
 
 
-def test_every_setting_but_the_limits_of_the_gate_is_part_of_the_hash(settings: Settings) -> None:
+def test_every_setting_but_those_of_gate_and_audit_is_part_of_the_hash(settings: Settings) -> None:
     hashes = {settings_hash(settings)}
     for field in dataclasses.fields(Settings):
         value = getattr(settings, field.name)
         changed = value + 1 if isinstance(value, int | float) else f"{value}x"
         hashes.add(settings_hash(dataclasses.replace(settings, **{field.name: changed})))  # type: ignore[arg-type]
-    gate = [field for field in dataclasses.fields(Settings) if field.name.startswith("gate_")]
-    assert len(hashes) == 1 + len(dataclasses.fields(Settings)) - len(gate)
+    judging = [field for field in dataclasses.fields(Settings) if field.name.startswith(("gate_", "audit_"))]
+    assert len(judging) == 6
+    assert len(hashes) == 1 + len(dataclasses.fields(Settings)) - len(judging)
 
 
 def test_the_hash_does_not_depend_on_how_a_number_is_written(settings: Settings) -> None:
@@ -394,6 +410,7 @@ def test_the_hash_stays_what_it_was() -> None:
         run_seed=0, seed=None, page=1, few_levels="expand",
         format="source", bit_depth=None, compression="deflate", tiled=False, pyramid=False,
         quality=None, gate_color_drift=5.0, gate_similarity=0.85, gate_dead=0.02, gate_seam=0.05,
+        audit_enabled=True, audit_samples=1,
         notice="n", operator=None, organization=None, accepted_license=None, signed=False,
     )  # fmt: skip
     assert settings_hash(fixed) == "513659a9c4172574a10435fc108af3e2686c9657f7fa6fea5438c746a76222e7"
