@@ -49,7 +49,7 @@ def finish(job: Job, run_id: str) -> dict[str, Any]:
 def with_pipeline(monkeypatch: pytest.MonkeyPatch, work: Callable[[Sequence[Job], OnRow, str], None]) -> None:
     """Let ``work`` take the place of the Ray stream; the whole of it is tested in test_pipeline.py."""
     module = types.ModuleType("supir_batch.pipeline")
-    module.run = lambda jobs, runtime, listener, run_id, stop: work(jobs, listener.on_row, run_id)  # type: ignore[attr-defined]
+    module.run = lambda jobs, runtime, listener, run_id, stop, load: work(jobs, listener.on_row, run_id)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "supir_batch.pipeline", module)
     monkeypatch.setattr("supir_batch.pipeline", module, raising=False)
 
