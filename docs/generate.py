@@ -44,7 +44,7 @@ def run_log() -> str:
     rows = ["| column | type | meaning |", "|---|---|---|"]
     for field in runlog.SCHEMA:
         kind = {"timestamp[us, tz=UTC]": "timestamp (UTC)"}.get(str(field.type), str(field.type))
-        rows.append(f"| `{field.name}` | {kind} | {columns.MEANINGS[field.name]} |")
+        rows.append(f"| `{field.name}` | {_cell(kind)} | {columns.MEANINGS[field.name]} |")
     return "\n".join(rows)
 
 

@@ -64,14 +64,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_the_site_builds_without_a_broken_link(site: Path) -> None:
     for page in DOCS.rglob("*.md"):
         name = page.relative_to(DOCS).with_suffix(".html")
         assert (site / name.with_name(name.name.replace("README", "index"))).exists(), page
 
 
-@pytest.mark.slow
 def test_the_site_asks_nothing_of_the_network(site: Path) -> None:
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 20
@@ -145,9 +143,11 @@ def test_every_manifest_shown_has_keys_that_there_are() -> None:
     assert shown > 30
 
 
-@pytest.mark.slow
 def test_every_command_of_start_here_runs(tmp_path: Path) -> None:
-    """What is shown, word for word, in an empty folder that has the repository's files; setting up is done already."""
+    """What is shown, word for word, in an empty folder that has the repository's files; setting up is done already.
+
+    Half a minute and no slow test: whoever changes anything should know that the first ten minutes of a reader work.
+    """
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "manifests"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
         copy(ROOT / name, tmp_path / name)
