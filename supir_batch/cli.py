@@ -44,6 +44,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help texts are plain: "[/path]" means itself
     epilog=_EPILOG,
     help="Restore archives of images with SUPIR: manifest in; restored derivatives, provenance and a run log out.",
 )
@@ -619,7 +620,11 @@ def _evaluated(found: Comparison | LeftOut) -> str:
 
 # --- models --------------------------------------------------------------------------------------------------------
 
-models_app = typer.Typer(no_args_is_help=True, help="Bring models here, convert them, and see whether they are whole.")
+models_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Bring models here, convert them, and see whether they are whole.",
+)
 app.add_typer(models_app, name="models")
 
 

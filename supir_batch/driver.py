@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from supir_batch import __version__, checksums, lease, runlog, signing, store
+from supir_batch.engine import LoadEngine, load_engine
 from supir_batch.errors import StoreError, SupirBatchError
 from supir_batch.events import Events, Listener, Talk
 from supir_batch.plan import Plan, RefusedJob
@@ -95,8 +96,13 @@ class Stopped(BaseException):
         self.number = number
 
 
-def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limits: Limits, talk: Talk) -> Summary:
+def execute(
+    manifest: Manifest, manifest_uri: str, plan: Plan, limits: Limits, talk: Talk, load: LoadEngine = load_engine
+) -> Summary:
     """Do the plan's work, within ``limits``; ``talk`` says how to tell of it.
+
+    ``load`` gets the engine in each restoring worker. For one that is not of this package the plan's jobs must have
+    settings of their own that say so, because log, records and fingerprints are made of them: docs/extending.md.
 
     Every image ends as a row of the run log. A first signal, a limit, or an error that is not one image's ends the run
     early, after the rows so far are safely written; the summary then says so. Raises, before any work, ManifestError
@@ -117,7 +123,7 @@ def execute(manifest: Manifest, manifest_uri: str, plan: Plan, limits: Limits, t
         with lease.held(plan.output_uri, run_id, lambda: stop.because("another run has taken over the output")):
             events.tell("info", "lease", f"holds the lease of {plan.output_uri}")
             with _telling(stop, events):
-                summary = _execute(manifest, manifest_uri, plan, limits, run_id, stop, events, talk)
+                summary = _execute(manifest, manifest_uri, plan, limits, run_id, stop, events, talk, load)
     except SupirBatchError as error:
         events.tell("error", "error", str(error))
         raise
@@ -158,6 +164,7 @@ def _execute(
     stop: Stop,
     events: Events,
     talk: Talk,
+    load: LoadEngine,
 ) -> Summary:
     jobs = [entry.job for entry in plan.todo[: limits.images]]
     started = time.monotonic()
@@ -201,7 +208,7 @@ def _execute(
 
                 listener = Listener(on_row, events.warn, talk.verbose)
                 with signals(stop, talk.people), _timer(limits.seconds, stop):
-                    pipeline.run(jobs, manifest.runtime, listener, run_id, stop)
+                    pipeline.run(jobs, manifest.runtime, listener, run_id, stop, load)
         except (Stopped, KeyboardInterrupt, SystemExit) as signaled:
             stopped_by = signal_number(signaled)
         except Exception as error:

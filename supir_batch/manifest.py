@@ -162,21 +162,37 @@ def sources_of(table: pa.Table, rows: Rows) -> Iterator[Source]:
         yield Source(**{**row, "version": row["version"] or "", "size": row["size"] or 0})
 
 
-class _Row(BaseModel):
+class ListRow(BaseModel):
     """One row of a list. Only ``uri`` is required."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    uri: Annotated[str, StringConstraints(min_length=1)]
-    id: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = None
-    relative: Annotated[str, StringConstraints(min_length=1, max_length=4096)] | None = None  # place below the output
-    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-fA-F]{64}$", to_lower=True)] | None = None
-    prompt: str | None = None
-    negative_prompt: str | None = None
-    upscale: Annotated[float, Field(ge=0.1, le=16)] | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    material: Material | None = None
-    page: Annotated[int, Field(ge=1, le=65_535)] | None = None
+    uri: Annotated[str, StringConstraints(min_length=1)] = Field(
+        description="The image: a path, which counts from the list's folder, or a URI."
+    )
+    id: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = Field(
+        default=None, description="Its name in log and messages, no other's; left out: as relative."
+    )
+    relative: Annotated[str, StringConstraints(min_length=1, max_length=4096)] | None = Field(
+        default=None, description="Its place below the output; left out: that below the list's folder."
+    )
+    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-fA-F]{64}$", to_lower=True)] | None = Field(
+        default=None, description="Hash of the file, which is compared; planning then does not look the file up."
+    )
+    prompt: str | None = Field(default=None, description="Its caption; none is made then.")
+    negative_prompt: str | None = Field(
+        default=None, description="What guidance leads away from; left out: as the manifest says."
+    )
+    upscale: Annotated[float, Field(ge=0.1, le=16)] | None = Field(
+        default=None, description="Output side / input side; left out: as the manifest says."
+    )
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(
+        default=None, description="Its seed; left out: a hash of the run seed and the file."
+    )
+    material: Material | None = Field(default=None, description="What it is; left out: as the manifest says.")
+    page: Annotated[int, Field(ge=1, le=65_535)] | None = Field(
+        default=None, description="Page of a TIFF with several; its number becomes part of the output's name."
+    )
 
 
 def list_sources(
@@ -434,7 +450,7 @@ def _checked(piece: _Piece, list_uri: str, strict: bool, problems: list[str]) ->
     for index in np.flatnonzero(~plain):
         origin = f"{label}:{piece.numbers[index]}"
         try:
-            odd.append(_from_row(_Row.model_validate(piece.rows(int(index)), strict=strict), folder, origin))
+            odd.append(_from_row(ListRow.model_validate(piece.rows(int(index)), strict=strict), folder, origin))
         except ValidationError as error:
             problems += [f"{origin}: {line}" for line in _row_problems(error)]
         except StoreError as error:
@@ -448,7 +464,7 @@ def _checked(piece: _Piece, list_uri: str, strict: bool, problems: list[str]) ->
 
 
 def _check_columns(columns: Iterable[str], place: str) -> None:
-    columns, known = list(columns), list(_Row.model_fields)
+    columns, known = list(columns), list(ListRow.model_fields)
     twice = [column for column, count in Counter(columns).items() if count > 1]
     if twice:
         raise ManifestError(f"{place}: column '{twice[0]}' appears twice")
@@ -475,7 +491,7 @@ def _row_problems(error: ValidationError) -> Iterator[str]:
         yield f"{column} {plain_words(problem['msg'])}, " + (f"saw {problem['input']!r}")
 
 
-def _from_row(row: _Row, folder: str, origin: str) -> Source:
+def _from_row(row: ListRow, folder: str, origin: str) -> Source:
     uri = store.resolve(folder, store.refuse_credentials(row.uri))
     relative = row.relative or _mirrored(uri, folder)
     if row.relative is not None and (row.relative.startswith("/") or "://" in row.relative or "\0" in row.relative):
@@ -526,7 +542,7 @@ def _plain_sources(
 ) -> tuple[NDArray[np.bool_], pa.Table]:
     """Which rows of a list are right beyond doubt, and the sources that :func:`_from_row` would make of them.
 
-    Columns are tested with what :class:`_Row` and ``_from_row`` demand, or with more: all others go there.
+    Columns are tested with what :class:`ListRow` and ``_from_row`` demand, or with more: all others go there.
     """
     plain = np.ones(len(listed), bool)
     columns: dict[str, pa.ChunkedArray] = {}

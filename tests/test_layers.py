@@ -47,6 +47,7 @@ SUPIR_MODEL = [
 SUPIR_BATCH = [
     "errors",
     "types",
+    "columns",
     "bookkeeping",
     "store",
     "model_folder",

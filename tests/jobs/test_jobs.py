@@ -7,21 +7,16 @@ import re
 import shlex
 import subprocess
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.core
-import typer.main
 import yaml
 from jsonschema import Draft202012Validator
 
-from supir_batch.cli import app
 from supir_batch.metrics import METRICS
-from supir_batch.settings import Manifest, Runtime
+from tests.documents import ROOT, commands, parse
 
-ROOT = Path(__file__).parents[2]
 JOBS = ROOT / "jobs"
 KUBERAY = ["kuberay-job.yaml", "kuberay-cluster.yaml"]
 
@@ -34,37 +29,12 @@ def loaded(name: str) -> dict[str, Any]:
 # --- commands ------------------------------------------------------------------------------------------------------
 
 
-def commands(path: Path) -> Iterator[list[str]]:
-    """Every call of supir-batch in a file: in scripts and their headers, in YAML, in the code blocks of Markdown."""
-    text = path.read_text()
-    if path.suffix == ".md":
-        text = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
-    for line in text.replace("\\\n", " ").splitlines():
-        found = re.match(r"(?:#\s{2,}|\s*)(supir-batch .*?)( &)?$", line)
-        if found is not None:
-            yield shlex.split(found[1], comments=True)
-
-
-def parse(words: list[str]) -> None:
-    """Raise a usage error unless the command line has this command with these flags."""
-    command: Any = typer.main.get_command(app)
-    name, rest = words[0], words[1:]
-    while isinstance(command, typer.core.TyperGroup):
-        name, rest = rest[0], rest[1:]
-        command = command.commands[name]
-    rest = [word.replace('"$@"', "") for word in rest if word != "$@"]
-    context = command.make_context(name, rest)
-    if name == "submit":  # its other flags are those of run
-        parse(["supir-batch", "run", "m.yaml", *context.args])
-
-
 @pytest.mark.parametrize(
     ("name", "count"),
     [
         ("jobs/slurm.sbatch", 1),
         ("jobs/kuberay-job.yaml", 1),
         ("jobs/kuberay-cluster.yaml", 1),
-        ("docs/operations.md", 7),
     ],
 )
 def test_every_command_is_one_that_there_is(name: str, count: int) -> None:
@@ -79,16 +49,6 @@ def test_a_command_that_there_is_not_is_found(tmp_path: Path) -> None:
     (words,) = commands(tmp_path / "a.md")
     with pytest.raises(Exception, match="--limt"):
         parse(words)
-
-
-def test_the_manifest_in_the_documentation_has_keys_that_there_are() -> None:
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/operations.md").read_text(), re.DOTALL | re.MULTILINE)
-    sections = yaml.safe_load(block)
-    Runtime.model_validate(sections.pop("runtime"))
-    for name, section in sections.items():
-        field = Manifest.model_fields[name]
-        if isinstance(section, dict):
-            assert set(section) <= set(field.annotation.model_fields)  # type: ignore[union-attr]
 
 
 # --- Kubernetes ----------------------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from supir_batch import __version__, driver, runlog, store
@@ -48,7 +49,7 @@ def finish(job: Job, run_id: str) -> dict[str, Any]:
 def with_pipeline(monkeypatch: pytest.MonkeyPatch, work: Callable[[Sequence[Job], OnRow, str], None]) -> None:
     """Let ``work`` take the place of the Ray stream; the whole of it is tested in test_pipeline.py."""
     module = types.ModuleType("supir_batch.pipeline")
-    module.run = lambda jobs, runtime, listener, run_id, stop: work(jobs, listener.on_row, run_id)  # type: ignore[attr-defined]
+    module.run = lambda jobs, runtime, listener, run_id, stop, load: work(jobs, listener.on_row, run_id)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "supir_batch.pipeline", module)
     monkeypatch.setattr("supir_batch.pipeline", module, raising=False)
 
@@ -63,6 +64,20 @@ def test_version_and_help() -> None:
     text = cli("--help").stdout
     for command in ("run", "submit", "plan", "status", "show-config", "report", "Exit codes"):
         assert command in text
+
+
+def test_every_command_has_help() -> None:
+    def paths(command: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+        for name, inner in getattr(command, "commands", {}).items():
+            yield (*above, name)
+            yield from paths(inner, (*above, name))
+
+    found = list(paths(typer.main.get_command(app)))
+    assert len(found) > 15
+    for path in found:
+        shown = cli(*path, "--help")
+        assert shown.exit_code == 0, (path, shown.exception)
+        assert f"Usage: root {' '.join(path)}" in shown.stdout, path
 
 
 @pytest.mark.parametrize(

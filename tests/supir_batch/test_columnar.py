@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from supir_batch import runlog, store
 from supir_batch.errors import ManifestError, StoreError
-from supir_batch.manifest import _from_row, _Row, _row_problems, list_sources
+from supir_batch.manifest import ListRow, _from_row, _row_problems, list_sources
 from supir_batch.plan import QUARANTINED, Plan, Selection, make_plan
 from supir_batch.settings import Manifest, resolve, settings_hash
 from supir_batch.types import Failure, Job, Outcome, Source, TileTicket
@@ -79,7 +79,7 @@ def one_by_one(path: Path, numbered: Sequence[tuple[int, dict[str, Any]]], stric
     for number, row in numbered:
         origin = f"{path.name}:{number}"
         try:
-            sources.append(_from_row(_Row.model_validate(row, strict=strict), str(path.parent), origin))
+            sources.append(_from_row(ListRow.model_validate(row, strict=strict), str(path.parent), origin))
         except ValidationError as error:
             problems += [f"{origin}: {line}" for line in _row_problems(error)]
         except StoreError as error:
