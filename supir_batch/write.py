@@ -206,8 +206,7 @@ def _finish(
         finished = watch.record(dataclasses.replace(ticket, facts=told))
         if len(found) > 1 and (there := commit.committed(job, ticket.fingerprint, facts.format)) is not None:
             return _done(ticket, there)  # another writer was faster; times and signatures of two would differ
-        if ticket.audit is not None:
-            audit.write(job.output_root, _below(output, job.output_root), maps)
+        audit.write(job.output_root, _below(output, job.output_root), maps)
         told_beside = _sidecar(finished, record, result) | {"signature": signed.signer if signed else None}
         result = commit.commit(result, path, told_beside, job.sidecars, signed.credentials if signed else b"")
     return _done(finished, result if len(found) == 1 else _last(finished, facts, result))
