@@ -208,8 +208,7 @@ def _finish(
         # alone, as times and signatures of two would differ.
         if (there := commit.committed(job, ticket.fingerprint, facts.format)) is not None:
             return _done(ticket, there)
-        if ticket.audit is not None:
-            audit.write(job.output_root, _below(output, job.output_root), maps)
+        audit.write(job.output_root, _below(output, job.output_root), maps)
         told_beside = _sidecar(finished, record, result) | {"signature": signed.signer if signed else None}
         result = commit.commit(result, path, told_beside, job.sidecars, signed.credentials if signed else b"")
     return _done(finished, result if len(found) == 1 else _last(finished, facts, result))

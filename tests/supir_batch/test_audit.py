@@ -393,6 +393,8 @@ def test_a_picture_of_an_earlier_output_goes(source: Path, make_job: MakeJob, gu
     assert uncertainty.exists()
     _run(make_job(source, upscale=2.0, **LOOSE), guards, _Inventive(), face)
     assert not uncertainty.exists()
+    _run(make_job(source, audit_enabled=False), guards, LanczosEngine())
+    assert not list((Path(job.output_root) / "_audit").iterdir())
 
 
 def test_pictures_are_the_same_to_the_last_byte() -> None:
