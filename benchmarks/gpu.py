@@ -50,7 +50,7 @@ _REDUCED = replace(
     window=16,
     stride=8,
 )
-_PROMPT = "a photograph of a harbor with sailing boats, seen from the pier in the morning"
+PROMPT = "a photograph of a harbor with sailing boats, seen from the pier in the morning"
 
 
 # --- what is measured, and where -------------------------------------------------------------------------------------
@@ -205,12 +205,19 @@ def write_model(model: SupirModel, folder: Path) -> None:
         write(model.networks, Description(FORMAT, model.config, ()), folder, "float16", Path(tokenizer))
 
 
+def picture(height: int, width: int, seed: int = 0) -> Tensor:
+    """[3, height, width] in [-1, 1]: a gradient with grain, so that compression has something to do."""
+    ramp = torch.linspace(-0.8, 0.8, width).expand(3, height, width)
+    grain = torch.randn(3, height, width, generator=torch.Generator().manual_seed(seed))
+    return (ramp + 0.05 * grain).clamp(-1, 1)
+
+
 def restore(model: SupirModel, images: Sequence[Tensor], steps: int) -> list[Tensor]:
     """Restore images [3, H, W] in [-1, 1] with the settings of the model's preset ``fidelity``, in one call."""
     values = replace(model.config.presets["fidelity"], steps=steps)
     sampling = Sampling.of(values, model.config.window, model.config.stride)
     negative = model.config.negative_prompt
-    requests = [Request(image, f"{_PROMPT}, {i}", negative, seed=i) for i, image in enumerate(images)]
+    requests = [Request(image, f"{PROMPT}, {i}", negative, seed=i) for i, image in enumerate(images)]
     return model.restore(requests, sampling)
 
 
@@ -244,7 +251,7 @@ def stages(model: SupirModel, setup: Setup, image: Tensor) -> dict[str, float]:
     @torch.inference_mode()
     def read() -> Tensor:
         with autocast(model.device, FORMATS[setup.precision].conditioner):
-            context: Tensor = model.networks.text([model.config.negative_prompt, _PROMPT])[0]
+            context: Tensor = model.networks.text([model.config.negative_prompt, PROMPT])[0]
         return context
 
     with torch.inference_mode():

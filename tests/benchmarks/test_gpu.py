@@ -75,3 +75,18 @@ def test_busy_is_less_where_the_networks_wait(model: SupirModel, setup: gpu.Setu
         time.sleep(2 * working["seconds"])
     assert 0.5 < working["share"] <= 1
     assert waiting["share"] < working["share"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_card_is_busy_while_it_computes_and_idle_while_it_waits() -> None:
+    setup = gpu.setup_of(gpu.arguments(None).parse_args(["--width", "reduced", "--device", "cuda"]))
+    model = gpu.build(setup)
+    call = gpu.network_call(model, setup, 8)
+    call()
+    with gpu.busy(model) as working:
+        call()
+    with gpu.busy(model) as waiting:
+        call()
+        time.sleep(10 * working["seconds"])
+    assert 0 < waiting["share"] < working["share"] <= 1
