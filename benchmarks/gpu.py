@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from common import load
 from torch import Tensor, nn
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
@@ -107,7 +108,7 @@ def machine(setup: Setup) -> dict[str, Any]:
     if setup.device.type == "cuda":
         properties = torch.cuda.get_device_properties(setup.device)
         here |= {"device": properties.name, "memory_bytes": properties.total_memory}
-        here |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        here |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
     else:
         here |= {"device": f"CPU, {torch.get_num_threads()} threads, {_processor()}", "load": load()}
     packages = ("torch", "diffusers", "transformers")
@@ -418,7 +419,7 @@ def _kernels() -> Iterator[list[tuple[float, float]]]:
         yield intervals
     # not events(): it builds a tree of millions
     for event in profiler.profiler.kineto_results.events():
-        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation():
+        if event.device_type() == DeviceType.CUDA and not event.is_user_annotation():
             intervals.append((event.start_ns() / 1e9, (event.start_ns() + event.duration_ns()) / 1e9))
 
 

@@ -22,6 +22,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def _engine(setup: Setup, side: int, steps: int, together: list[int]) -> Iterato
     arithmetic = image_flops(setup.config, side, side, steps)
     for count in together:
         images = [picture(side, side, seed) for seed in range(count)]
-        yield "engine", count, arithmetic, lambda steps, images=images: restore(model, images, steps)
+        yield "engine", count, arithmetic, partial(restore, model, images)
 
 
 # --- a plain loop ----------------------------------------------------------------------------------------------------
