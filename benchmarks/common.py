@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyvips
-from skimage import data
 
 WIDTH, HEIGHT = 512, 384  # of the photographs
 
@@ -23,6 +21,9 @@ _SAVE = {"png": {"compression": 6}, "jpg": {"Q": 90}, "tif": {"compression": "de
 
 def make_photographs(folder: Path, count: int, extension: str) -> list[Path]:
     """Different ``WIDTH`` x ``HEIGHT`` cuts from four photographs of scikit-image; what is there already is kept."""
+    import pyvips  # noqa: PLC0415  (only here: a machine that lends its card may have neither)
+    from skimage import data  # noqa: PLC0415
+
     folder.mkdir(parents=True, exist_ok=True)
     whole = [pyvips.Image.new_from_array(image()) for image in (data.astronaut, data.coffee, data.chelsea, data.rocket)]
     rng = np.random.default_rng(0)
