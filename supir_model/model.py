@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ from torch.nn import functional as F
 
 from supir_model.color import fix_color
 from supir_model.config import ColorFix, ModelConfig, Precision, SamplingDefaults
-from supir_model.denoiser import Origin, denoise, guide, linear_cfg
 from supir_model.errors import RequestError
+from supir_model.guidance import Guide, GuidedDenoiser
 from supir_model.loading import FORMATS, load_networks, load_vae
+from supir_model.memory import Ladder, Rung
 from supir_model.networks import Conditioning, Networks
 from supir_model.noise import latent_noise
-from supir_model.sampler import DPMPP2MSettings, EDMSettings, SamplerSettings, Window, sample, windows_of
+from supir_model.placement import Beside, Fetch, Placement, to_device
+from supir_model.prompts import PromptReader, Text
+from supir_model.sampler import DPMPP2MSettings, EDMSettings, SamplerSettings, sample, windows_of
 from supir_model.vae import RobustVAE
 from supir_model.vae_tiling import WHOLE, VAETiling
 from supir_model.weights import Checkpoint
@@ -149,26 +153,51 @@ class FirstStage:
         height, width = image.shape[1:]
         alignment = self.config.alignment
         bottom, right = -height % alignment, -width % alignment
-        batch = image[None].to(self.device, torch.float32)
+        batch = to_device(image[None].float(), self.device)
         padded = F.pad(batch, (0, right, 0, bottom), mode="replicate")
         return padded.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the VAE makes of a request before sampling, on the device.
+
+    stage1: [1, 3, H, W], what is behind the degradation; control, center: [C, h, w], the robust latent, and the latent
+    of stage1.
+    """
+
+    stage1: Tensor
+    control: Tensor
+    center: Tensor
 
 
 class SupirModel:
     """Networks, their configuration and the device they live on.
 
     precision: number format inside the networks, which hold their weights in it. Latents, noise levels, noise and
-    guidance are float32 in any case (specification section 13).
+    guidance are float32 in any case (specification section 13). rungs: how to work while memory lasts, and how when it
+    runs out; the first alone decides about results, to rounding.
     """
 
     def __init__(
-        self, networks: Networks, config: ModelConfig, device: torch.device, precision: Precision = "float32"
+        self,
+        networks: Networks,
+        config: ModelConfig,
+        device: torch.device,
+        precision: Precision = "float32",
+        rungs: Sequence[Rung] = (Rung(1),),
     ) -> None:
         self.networks = networks.eval().requires_grad_(False)
         self.config = config
         self.device = device
+        self.ladder = Ladder(rungs, device)
+        self.seconds_to_first_window: float | None = None
+        self._began = time.perf_counter()
         self._first = FirstStage(networks.vae, config, device, precision)
         self._formats = FORMATS[precision]
+        self._placement = Placement(networks, device)
+        self._beside = Beside(device)
+        self._prompts = PromptReader(self._encode, self._project)
 
     @classmethod
     def load(
@@ -191,6 +220,7 @@ class SupirModel:
         """Compute in float32 for a while; weights held in half precision are widened and come back as they were."""
         held = {name: parameter.dtype for name, parameter in self.networks.named_parameters()}
         formats, first = self._formats, self._first
+        self._prompts.forget()
         try:
             self.networks.float()  # may run out of memory half-way
             self._formats = FORMATS["float32"]
@@ -198,6 +228,7 @@ class SupirModel:
             yield
         finally:
             self._formats, self._first = formats, first
+            self._prompts.forget()
             for name, parameter in self.networks.named_parameters():
                 parameter.data = parameter.data.to(held[name])
 
@@ -213,82 +244,118 @@ class SupirModel:
     def restore(self, requests: Sequence[Request], sampling: Sampling) -> list[Tensor]:
         """Restore images: [3, H, W] each, in [-1, 1] if clipped, same sizes and order as the requests, on the CPU.
 
-        Each result depends on its own request alone, whatever the company.
+        Each result depends on its own request and the rung of ``ladder`` alone, whatever the company.
         """
-        if not requests:
-            return []
-        vae, factor, tiling = self._first, self.config.vae.factor, sampling.vae_tiling
-        stage1, control, center, prompts = [], [], [], []
         for request in requests:
-            if request.top % factor or request.left % factor:
-                raise RequestError(f"tile origin ({request.top}, {request.left}) is not a multiple of {factor} pixels")
-            padded = vae.pad(request.image)
-            z_lq = vae.encode_robust(padded, tiling)
-            decoded = vae.decode(z_lq, tiling)
-            posterior = self._noise(request, _POSTERIOR_DRAW, z_lq.shape[-2:])
-            stage1.append(decoded)
-            control.append(z_lq[0])
-            center.append(vae.encode(decoded, posterior[None], tiling)[0])
-            self._check_window_prompts(request, z_lq.shape[-2:], sampling.sampler)
-            positive = request.window_prompts or (request.prompt,)
-            prompts.append(self._read([request.negative_prompt, *positive]))
+            self._check(request, sampling)
+        fetches: list[Fetch] = []
+        for together in self._rounds(requests, sampling.sampler):
+            fetches += self._restore_together(together, sampling)
+        return [fetch() for fetch in fetches]
 
-        # at a guidance scale of 1 the negative prompt has no weight, and its half of the batch is not computed
-        halves = 1 if sampling.cfg_start == sampling.cfg_end == 1 else 2
+    def _rounds(self, requests: Sequence[Request], settings: SamplerSettings) -> Iterator[list[Request]]:
+        """The requests in order, cut wherever that leaves no batch of windows unfilled.
 
-        def guided(x: Tensor, sigma: Tensor, control_scale: Tensor, windows: Sequence[Window]) -> Tensor:
-            # row 0 is the negative prompt; then one prompt for all windows, or one for each
-            rows = [[0, 1 + w.index if requests[w.item].window_prompts else 1][-halves:] for w in windows]
-            contexts = [prompts[w.item][0][row] for w, row in zip(windows, rows, strict=True)]
-            vectors = [prompts[w.item][1][row] for w, row in zip(windows, rows, strict=True)]
-            crops = torch.stack([w.crop(control[w.item]) for w in windows])
-            conditioning = Conditioning(
-                # [halves, L, C] per window to [unconditional windows; conditional windows]
-                context=torch.stack(contexts, dim=1).flatten(0, 1),
-                vector=torch.stack(vectors, dim=1).flatten(0, 1),
-                control_latent=crops.repeat(halves, 1, 1, 1),
-            )
+        The results of one round are decoded while the next is sampled.
+        """
+        together: list[Request] = []
+        windows = 0
+        for request in requests:
+            together.append(request)
+            windows += len(windows_of(0, *self._latent_size(request), settings.window, settings.stride))
+            if windows % self.ladder.rung.window_batch == 0:
+                yield together
+                together, windows = [], 0
+        if together:
+            yield together
 
-            def network(x_in: Tensor, timestep: Tensor, scale: Tensor) -> Tensor:
-                channels_last = x_in.contiguous(memory_format=torch.channels_last)
-                with autocast(self.device, self._formats.denoiser):
-                    out: Tensor = self.networks(channels_last, timestep, scale, conditioning)
-                return out.float()
-
-            denoised = denoise(
-                network,
-                self.config.prediction,
-                x.repeat(halves, 1, 1, 1),
-                sigma.repeat(halves),
-                control_scale.repeat(halves),
-                Origin(conditioning.control_latent, self.config.residual_std),
-            )
-            if halves == 1:
-                return denoised
-            return guide(denoised, linear_cfg(sampling.cfg_start, sampling.cfg_end, sigma))
+    def _restore_together(self, requests: Sequence[Request], sampling: Sampling) -> list[Fetch]:
+        attempt = self.ladder.attempt
+        seen = [attempt(lambda rung, one=one: self._see(one, sampling, rung)) for one in requests]  # type: ignore[misc]
+        prompts = [one for r in requests for one in (r.negative_prompt, *(r.window_prompts or (r.prompt,)))]
 
         def noise(item: int, draw: int) -> Tensor:
-            return self._noise(requests[item], _FIRST_SAMPLER_DRAW + draw, center[item].shape[-2:])
+            return self._noise(requests[item], _FIRST_SAMPLER_DRAW + draw, seen[item].center.shape[-2:])
 
-        latents = sample(guided, center, noise, sampling.sampler)
-        restored = []
-        for request, latent, style in zip(requests, latents, stage1, strict=True):
-            image = fix_color(vae.decode(latent[None], tiling), style, sampling.color_fix)
-            image = image[0, :, : request.image.shape[1], : request.image.shape[2]].cpu()
-            restored.append(image.clamp(-1, 1) if sampling.clip else image)
-        return restored
+        def sampled(rung: Rung) -> list[Tensor]:
+            texts = dict(zip(prompts, self._prompts.read(prompts), strict=True))
+            self._placement.need("control", "unet", alone=rung.offload)
+            guides = [
+                Guide(
+                    texts[request.negative_prompt],
+                    tuple(texts[prompt] for prompt in request.window_prompts or (request.prompt,)),
+                    one.control,
+                )
+                for request, one in zip(requests, seen, strict=True)
+            ]
+            guided = GuidedDenoiser(self._run, self.config, guides, sampling.cfg_start, sampling.cfg_end)
+            return sample(guided, [one.center for one in seen], noise, sampling.sampler, rung.window_batch)
 
-    def _read(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Context [B, L, C] and vector [B, V] of the prompts, float32."""
+        latents = attempt(sampled)
+        return [
+            attempt(lambda rung, r=r, s=s, z=z: self._finish(r, s, z, sampling, rung))  # type: ignore[misc]
+            for r, s, z in zip(requests, seen, latents, strict=True)
+        ]
+
+    def _see(self, request: Request, sampling: Sampling, rung: Rung) -> _Seen:
+        self._placement.need("vae", alone=rung.offload)
+        vae, tiling = self._first, rung.tiling(sampling.vae_tiling)
+        z_lq = vae.encode_robust(vae.pad(request.image), tiling)
+        decoded = vae.decode(z_lq, tiling)
+        posterior = self._noise(request, _POSTERIOR_DRAW, z_lq.shape[-2:])
+        return _Seen(decoded, z_lq[0], vae.encode(decoded, posterior[None], tiling)[0])
+
+    def _finish(self, request: Request, seen: _Seen, latent: Tensor, sampling: Sampling, rung: Rung) -> Fetch:
+        self._placement.need("vae", alone=rung.offload)
+
+        def finished() -> Tensor:
+            decoded = self._first.decode(latent[None], rung.tiling(sampling.vae_tiling))
+            image = fix_color(decoded, seen.stage1, sampling.color_fix)
+            image = image[0, :, : request.image.shape[1], : request.image.shape[2]]
+            return image.clamp(-1, 1) if sampling.clip else image
+
+        if rung.offload:  # weights must not leave while another stream reads them
+            restored = finished().cpu()
+            return lambda: restored
+        return self._beside.run(finished, latent, seen.stage1)
+
+    def _run(self, x: Tensor, timestep: Tensor, control_scale: Tensor, conditioning: Conditioning) -> Tensor:
+        """``Networks`` in their format, float32 out."""
+        channels_last = x.contiguous(memory_format=torch.channels_last)
+        with autocast(self.device, self._formats.denoiser):
+            out: Tensor = self.networks(channels_last, timestep, control_scale, conditioning)
+        if self.seconds_to_first_window is None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds_to_first_window = time.perf_counter() - self._began
+        return out.float()
+
+    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Context [1, L, C] and vector [1, V] of a prompt, float32."""
+        self._placement.need("text", alone=self.ladder.rung.offload)
         with autocast(self.device, self._formats.conditioner):
-            context, vector = self.networks.text(prompts)
+            context, vector = self.networks.text([prompt])
         return context.float(), vector.float()
 
-    def _check_window_prompts(self, request: Request, size: torch.Size, settings: SamplerSettings) -> None:
-        wanted = len(windows_of(0, size[0], size[1], settings.window, settings.stride))
+    def _project(self, context: Tensor, vector: Tensor) -> Text:
+        self._placement.need("control", "unet", alone=self.ladder.rung.offload)
+        with autocast(self.device, self._formats.denoiser):
+            return Text(self.networks.project(context), vector)
+
+    def _check(self, request: Request, sampling: Sampling) -> None:
+        factor, settings = self.config.vae.factor, sampling.sampler
+        if request.top % factor or request.left % factor:
+            raise RequestError(f"tile origin ({request.top}, {request.left}) is not a multiple of {factor} pixels")
+        wanted = len(windows_of(0, *self._latent_size(request), settings.window, settings.stride))
         found = len(request.window_prompts)
         if found not in (0, wanted):
             raise RequestError(f"{found} window prompts for a latent of {wanted} windows; give {wanted}, or none")
+
+    def _latent_size(self, request: Request) -> tuple[int, int]:
+        """Rows and columns of the latent of a request."""
+        alignment, factor = self.config.alignment, self.config.vae.factor
+        height, width = (-(-side // alignment) * alignment // factor for side in request.image.shape[-2:])
+        return height, width
 
     def _noise(self, request: Request, draw: int, size: torch.Size) -> Tensor:
         factor = self.config.vae.factor
@@ -301,7 +368,7 @@ class SupirModel:
             size[0],
             size[1],
         )
-        return noise.to(self.device)
+        return to_device(noise, self.device)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

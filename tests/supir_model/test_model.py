@@ -69,13 +69,15 @@ def test_half_precision_stays_inside_the_networks(
     }
     seen: set[torch.dtype] = set()
 
-    def recording(guided: Guided, center: Sequence[torch.Tensor], noise: Noise, settings: SamplerSettings) -> object:
+    def recording(
+        guided: Guided, center: Sequence[torch.Tensor], noise: Noise, settings: SamplerSettings, window_batch: int
+    ) -> object:
         def watched(x: torch.Tensor, sigma: torch.Tensor, scale: torch.Tensor, windows: Sequence[Window]) -> object:
             out = guided(x, sigma, scale, windows)
             seen.update(t.dtype for t in (x, sigma, scale, out, *center, noise(0, 0)))
             return out
 
-        return sample(watched, center, noise, settings)  # type: ignore[arg-type]
+        return sample(watched, center, noise, settings, window_batch)  # type: ignore[arg-type]
 
     request = Request(picture(40, 56), "a photograph", "blurry", seed=1)
     exact = model.restore([request], QUICK)[0]
