@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from supir_model.llava import LlavaCaptioner
-    from supir_model.model import FirstStage
+    from supir_model.first_stage import FirstStage
 
 
 class Captioner(Protocol):
@@ -96,7 +96,7 @@ class _RobustEyes:
     """The part of a SUPIR model that sees behind degradation."""
 
     def __init__(self, model: ModelRef | None, device: Device) -> None:
-        from supir_model.model import FirstStage  # noqa: PLC0415
+        from supir_model.first_stage import FirstStage  # noqa: PLC0415
 
         if model is None:
             raise ValueError("an engine without a model reads no captions")

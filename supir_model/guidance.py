@@ -15,7 +15,7 @@ from supir_model.prompts import Text, conditioning
 from supir_model.sampler import Window
 
 RunNetworks = Callable[[Tensor, Tensor, Tensor, Conditioning], Tensor]
-"""F(x [B, C, h, w], timestep [B], control_scale [B, 1, 1, 1], conditioning) -> [B, C, h, w] float32"""
+"""F(x [B, C, h, w], timestep [B], control_scale [B, 1, 1, 1], conditioning) -> [B, C, h, w]"""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 The first rung is chosen by measurement: what the weights, one window and one pixel in the VAE take, against what is
 free. What nobody foresaw raises an out-of-memory error, which costs the work at hand one rung and nothing else.
 
-A rung says how a result is computed, not what it is: on another one it differs by the rounding of another batch size and
-of the VAE's exact strips. So the rung belongs to what is told of a result.
+A rung says how a result is computed, not what it is: on another one it differs by the rounding of another batch size
+and of the VAE's exact strips. So the rung belongs to what is told of a result.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import torch
 from supir_model.vae_tiling import VAETiling
 
 T = TypeVar("T")
+
+PeakOf = Callable[[Callable[[], object]], int]
+"""Most bytes that a call takes beyond what was held before it"""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Rung:
     offload: bool = False
 
     def tiling(self, wanted: VAETiling) -> VAETiling:
-        """In what parts the VAE runs where ``wanted`` is asked for; the released tiling makes another picture, so stays."""
+        """How the VAE runs where ``wanted`` is asked for; the released tiling makes another picture, so it stays."""
         if self.vae_tile is None or wanted.mode == "released":
             return wanted
         tile = self.vae_tile if wanted.mode == "off" else min(self.vae_tile, wanted.tile)
@@ -94,7 +97,7 @@ def choose(ladder: Sequence[Rung], costs: Costs, free: int) -> tuple[Rung, ...]:
     return tuple(ladder[-1:])
 
 
-def ladder_of(window_batch: int) -> tuple[Rung, ...]:
+def rungs_of(window_batch: int) -> tuple[Rung, ...]:
     """``LADDER`` with at most so many windows at once, and no rung twice."""
     rungs = (replace(rung, window_batch=min(rung.window_batch, window_batch)) for rung in LADDER)
     return tuple(dict.fromkeys(rungs))
@@ -137,7 +140,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def peak(device: torch.device, work: Callable[[], object]) -> int:
-    """Most bytes that ``work`` held on a CUDA device beyond what was held before it."""
+    """``PeakOf`` a CUDA device."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -149,12 +152,12 @@ def measure(
     sizes: tuple[int, int, int],
     step: Callable[[int], object],
     vae: Callable[[int], object],
-    peak_of: Callable[[Callable[[], object]], int],
+    peak_of: PeakOf,
 ) -> Costs:
     """Costs of a model from its own peaks.
 
     sizes: bytes of all weights, the denoiser's and the VAE's. step(windows): one step of the networks; vae(side): the
-    VAE on a square image of so many pixels. peak_of: most bytes that a call takes.
+    VAE on a square image of this side.
     """
     one, two = (peak_of(lambda n=n: step(n)) for n in (1, 2))  # type: ignore[misc]
     small, large = (peak_of(lambda n=n: vae(n)) for n in (256, 512))  # type: ignore[misc]

@@ -6,25 +6,28 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from supir_model import memory
+from supir_model.attention import fuse_projections
 from supir_model.color import fix_color
+from supir_model.compiled import CompiledNetworks
 from supir_model.config import ColorFix, ModelConfig, Precision, SamplingDefaults
 from supir_model.errors import RequestError
-from supir_model.guidance import Guide, GuidedDenoiser
-from supir_model.loading import FORMATS, load_networks, load_vae
-from supir_model.memory import Ladder, Rung
+from supir_model.first_stage import FirstStage, autocast, device_of
+from supir_model.guidance import Guide, GuidedDenoiser, RunNetworks
+from supir_model.loading import FORMATS, load_networks
+from supir_model.memory import Costs, Ladder, PeakOf, Rung
 from supir_model.networks import Conditioning, Networks
 from supir_model.noise import latent_noise
-from supir_model.placement import Beside, Fetch, Placement, to_device
-from supir_model.prompts import PromptReader, Text
+from supir_model.placement import Beside, Fetch, Placement, to_device, weight_bytes
+from supir_model.prompts import PromptReader, Text, conditioning
 from supir_model.sampler import DPMPP2MSettings, EDMSettings, SamplerSettings, sample, windows_of
-from supir_model.vae import RobustVAE
 from supir_model.vae_tiling import WHOLE, VAETiling
 from supir_model.weights import Checkpoint
 
@@ -97,67 +100,6 @@ class Request:
     window_prompts: tuple[str, ...] = ()
 
 
-class FirstStage:
-    """The robust encoder and the decoder: what is behind a degraded image. Captions are written from it.
-
-    precision: number format inside the VAE; float16 means bfloat16 here, as the VAE overflows in float16.
-    """
-
-    def __init__(self, vae: RobustVAE, config: ModelConfig, device: torch.device, precision: Precision) -> None:
-        self.vae = vae.eval().requires_grad_(False)
-        self.config = config
-        self.device = device
-        self._dtype = FORMATS[precision].conditioner
-
-    @classmethod
-    def load(cls, source: str | Path = "tiny", device: str | None = None, precision: Precision = "float32") -> Self:
-        """Load nothing but the VAE of ``tiny`` or of a converted model's folder. Raises WeightsError."""
-        target = _device(device)
-        vae, config = load_vae(source, target, precision)
-        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return cls(vae, config, target, precision)
-
-    @torch.inference_mode()
-    def see(self, image: Tensor) -> Tensor:
-        """[3, H, W] to [3, H, W], both in [-1, 1]."""
-        decoded = self.decode(self.encode_robust(self.pad(image)))
-        return decoded[0, :, : image.shape[1], : image.shape[2]].clamp(-1, 1)
-
-    @torch.inference_mode()
-    def encode_decode(self, image: Tensor) -> Tensor:
-        """What the ordinary encoder and the decoder keep of a clean image: no restoration can come closer."""
-        padded = self.pad(image)
-        with autocast(self.device, self._dtype):
-            decoded = self.vae.decode(self.vae.encode(padded)).float()
-        return decoded[0, :, : image.shape[1], : image.shape[2]].clamp(-1, 1)
-
-    def encode_robust(self, image: Tensor, tiling: VAETiling = WHOLE) -> Tensor:
-        """``RobustVAE.encode_robust`` in this precision, float32 out; so are the next two."""
-        with autocast(self.device, self._dtype):
-            return self.vae.encode_robust(image, tiling).float()
-
-    def encode(self, image: Tensor, noise: Tensor, tiling: VAETiling = WHOLE) -> Tensor:
-        """``RobustVAE.encode``."""
-        with autocast(self.device, self._dtype):
-            return self.vae.encode(image, noise, tiling).float()
-
-    def decode(self, latent: Tensor, tiling: VAETiling = WHOLE) -> Tensor:
-        """``RobustVAE.decode``."""
-        with autocast(self.device, self._dtype):
-            return self.vae.decode(latent, tiling).float()
-
-    def pad(self, image: Tensor) -> Tensor:
-        """[1, 3, H', W'] on the device, sides padded right and bottom to multiples of the networks' alignment."""
-        if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) == 0:
-            raise RequestError(f"image must be [3, H, W] with H, W >= 1, got {list(image.shape)}")
-        height, width = image.shape[1:]
-        alignment = self.config.alignment
-        bottom, right = -height % alignment, -width % alignment
-        batch = to_device(image[None].float(), self.device)
-        padded = F.pad(batch, (0, right, 0, bottom), mode="replicate")
-        return padded.contiguous(memory_format=torch.channels_last)
-
-
 @dataclass(frozen=True)
 class _Seen:
     """What the VAE makes of a request before sampling, on the device.
@@ -175,8 +117,8 @@ class SupirModel:
     """Networks, their configuration and the device they live on.
 
     precision: number format inside the networks, which hold their weights in it. Latents, noise levels, noise and
-    guidance are float32 in any case (specification section 13). rungs: how to work while memory lasts, and how when it
-    runs out; the first alone decides about results, to rounding.
+    guidance are float32 in any case (specification section 13). rungs: how to work, and how when memory runs out.
+    backend: of torch.compile, for the denoising networks on full windows; None: not compiled.
     """
 
     def __init__(
@@ -186,6 +128,7 @@ class SupirModel:
         device: torch.device,
         precision: Precision = "float32",
         rungs: Sequence[Rung] = (Rung(1),),
+        backend: str | None = None,
     ) -> None:
         self.networks = networks.eval().requires_grad_(False)
         self.config = config
@@ -197,6 +140,7 @@ class SupirModel:
         self._formats = FORMATS[precision]
         self._placement = Placement(networks, device)
         self._beside = Beside(device)
+        self._compiled = None if backend is None else CompiledNetworks(networks, backend)
         self._prompts = PromptReader(self._encode, self._project)
 
     @classmethod
@@ -205,29 +149,44 @@ class SupirModel:
         source: str | Path | Checkpoint = "tiny",
         device: str | None = None,
         precision: Precision = "float32",
+        window_batch: int = 1,
     ) -> Self:
         """Load a model: ``tiny``, the folder of a converted one, or published files (``weights.Checkpoint``).
 
-        device: torch device, default CUDA where there is one. Raises WeightsError.
+        device: torch device, default CUDA where there is one. window_batch: windows that the networks see at once; on
+        CUDA at most, if memory allows, and the networks are compiled there. Raises WeightsError.
         """
-        target = _device(device)
-        networks, config = load_networks(source, target, precision)
+        began, target = time.perf_counter(), device_of(device)
+        try:
+            networks, config = load_networks(source, target, precision)
+        except torch.OutOfMemoryError:  # its parts come to the device when they are needed
+            networks, config = load_networks(source, torch.device("cpu"), precision)
         networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return cls(networks, config, target, precision)
+        cuda = target.type == "cuda"
+        if cuda:
+            fuse_projections(networks.control)
+            fuse_projections(networks.unet)
+        rungs = memory.rungs_of(window_batch)
+        asked = (Rung(window_batch), *rungs[1:])
+        model = cls(networks, config, target, precision, asked, backend="inductor" if cuda else None)
+        model._began = began
+        if cuda:
+            model.ladder = Ladder(model._affordable(rungs), target)
+        return model
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
         """Compute in float32 for a while; weights held in half precision are widened and come back as they were."""
         held = {name: parameter.dtype for name, parameter in self.networks.named_parameters()}
-        formats, first = self._formats, self._first
+        formats, first, compiled = self._formats, self._first, self._compiled
         self._prompts.forget()
         try:
             self.networks.float()  # may run out of memory half-way
-            self._formats = FORMATS["float32"]
+            self._formats, self._compiled = FORMATS["float32"], None
             self._first = FirstStage(self.networks.vae, self.config, self.device, "float32")
             yield
         finally:
-            self._formats, self._first = formats, first
+            self._formats, self._first, self._compiled = formats, first, compiled
             self._prompts.forget()
             for name, parameter in self.networks.named_parameters():
                 parameter.data = parameter.data.to(held[name])
@@ -244,14 +203,48 @@ class SupirModel:
     def restore(self, requests: Sequence[Request], sampling: Sampling) -> list[Tensor]:
         """Restore images: [3, H, W] each, in [-1, 1] if clipped, same sizes and order as the requests, on the CPU.
 
-        Each result depends on its own request and the rung of ``ladder`` alone, whatever the company.
+        Each result depends on its own request and on ``execution`` alone, whatever the company.
         """
+        self.ladder.left.clear()
         for request in requests:
             self._check(request, sampling)
         fetches: list[Fetch] = []
         for together in self._rounds(requests, sampling.sampler):
             fetches += self._restore_together(together, sampling)
         return [fetch() for fetch in fetches]
+
+    @property
+    def execution(self) -> str:
+        """How the last call of ``restore`` worked, and with what it ran out of memory on the way."""
+        how = [str(self.ladder.rung), *([] if self._compiled is None else [self._compiled.state])]
+        return "; ".join([", ".join(how), *(f"memory ran out with {rung}" for rung in self.ladder.left)])
+
+    @torch.inference_mode()
+    def costs(self, peak_of: PeakOf) -> Costs:
+        """What this model takes of memory, as ``peak_of`` measures it on windows and images of zeros."""
+        config, nets = self.config, self.networks
+        text = self._prompts.read([""])[0]
+
+        def step(windows: int) -> Tensor:
+            shape = (2 * windows, config.unet.latent_channels, config.window, config.window)
+            x = torch.zeros(shape, device=self.device)
+            timestep = torch.zeros(len(x), dtype=torch.int64, device=self.device)
+            scale = torch.ones(len(x), 1, 1, 1, device=self.device)
+            return self._compute(nets, x, timestep, scale, conditioning([text] * len(x), x))
+
+        def vae(side: int) -> Tensor:
+            return self._first.decode(self._first.encode_robust(torch.zeros(1, 3, side, side, device=self.device)))
+
+        weights = (weight_bytes(nets), weight_bytes(nets.control) + weight_bytes(nets.unet), weight_bytes(nets.vae))
+        return memory.measure(weights, step, vae, peak_of)
+
+    def _affordable(self, rungs: Sequence[Rung]) -> tuple[Rung, ...]:
+        """The rungs that measured costs and free memory leave, on CUDA."""
+        try:
+            costs = self.costs(partial(memory.peak, self.device))
+        except torch.OutOfMemoryError:
+            return tuple(rung for rung in rungs if rung.offload)
+        return memory.choose(rungs, costs, memory.free_memory(self.device) + torch.cuda.memory_allocated(self.device))
 
     def _rounds(self, requests: Sequence[Request], settings: SamplerSettings) -> Iterator[list[Request]]:
         """The requests in order, cut wherever that leaves no batch of windows unfilled.
@@ -288,7 +281,8 @@ class SupirModel:
                 )
                 for request, one in zip(requests, seen, strict=True)
             ]
-            guided = GuidedDenoiser(self._run, self.config, guides, sampling.cfg_start, sampling.cfg_end)
+            run = partial(self._run, None if rung.offload else sampling.sampler.window)
+            guided = GuidedDenoiser(run, self.config, guides, sampling.cfg_start, sampling.cfg_end)
             return sample(guided, [one.center for one in seen], noise, sampling.sampler, rung.window_batch)
 
         latents = attempt(sampled)
@@ -319,15 +313,22 @@ class SupirModel:
             return lambda: restored
         return self._beside.run(finished, latent, seen.stage1)
 
-    def _run(self, x: Tensor, timestep: Tensor, control_scale: Tensor, conditioning: Conditioning) -> Tensor:
-        """``Networks`` in their format, float32 out."""
-        channels_last = x.contiguous(memory_format=torch.channels_last)
-        with autocast(self.device, self._formats.denoiser):
-            out: Tensor = self.networks(channels_last, timestep, control_scale, conditioning)
+    def _run(self, compiled: int | None, x: Tensor, timestep: Tensor, scale: Tensor, told: Conditioning) -> Tensor:
+        """The networks, compiled where there is a program and windows have the side ``compiled``."""
+        networks: RunNetworks = self.networks
+        if self._compiled is not None and x.shape[2] == x.shape[3] == compiled:
+            networks = self._compiled
+        out = self._compute(networks, x, timestep, scale, told)
         if self.seconds_to_first_window is None:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self.seconds_to_first_window = time.perf_counter() - self._began
+        return out
+
+    def _compute(self, networks: RunNetworks, x: Tensor, timestep: Tensor, scale: Tensor, told: Conditioning) -> Tensor:
+        """Networks in their number format, float32 out."""
+        with autocast(self.device, self._formats.denoiser):
+            out = networks(x.contiguous(memory_format=torch.channels_last), timestep, scale, told)
         return out.float()
 
     def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
@@ -369,12 +370,3 @@ class SupirModel:
             size[1],
         )
         return to_device(noise, self.device)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Run networks in this number format; float32 changes nothing."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -12,7 +12,8 @@ from supir_model import model as model_module
 from supir_model import weights
 from supir_model.config import TINY, TINY_WEIGHTS, Precision
 from supir_model.errors import RequestError, WeightsError
-from supir_model.model import FirstStage, Request, Sampling, SupirModel
+from supir_model.first_stage import FirstStage
+from supir_model.model import Request, Sampling, SupirModel
 from supir_model.sampler import EDMSettings, Guided, Noise, SamplerSettings, Window, sample
 
 QUICK = Sampling(EDMSettings(steps=2, restoration_tau=4.0, churn=5.0, window=16, stride=8), 1.0, 2.0, "wavelet")
