@@ -12,8 +12,8 @@ from supir_batch.types import FloatImage, Job, ModelRef, TileTicket
 if TYPE_CHECKING:
     import torch
 
-    from supir_model.llava import LlavaCaptioner
     from supir_model.first_stage import FirstStage
+    from supir_model.llava import LlavaCaptioner
 
 
 class Captioner(Protocol):

@@ -26,13 +26,14 @@ class Part:
     box: TileBox
     scores: GateScores | None
     again: bool
+    execution: str
 
     @classmethod
     def of(cls, ticket: TileTicket) -> Self:
         """The part that a ticket stands for. Raises ValueError if it has no box."""
         if ticket.box is None:
             raise ValueError("the ticket carries no tile box")
-        return cls(ticket.box, ticket.scores, ticket.again)
+        return cls(ticket.box, ticket.scores, ticket.again, ticket.execution)
 
 
 def uri(job: Job, fingerprint: str, index: int) -> str:
@@ -65,7 +66,8 @@ def read(job: Job, fingerprint: str, count: int) -> list[Part]:
     for index in range(count):
         fields = json.loads(store.read_text(_about(uri(job, fingerprint, index))))
         scores = None if fields["scores"] is None else GateScores(**fields["scores"])
-        found.append(Part(TileBox(**fields["box"]), scores, fields["again"]))
+        execution = fields.get("execution", "")  # not in what an earlier version has kept
+        found.append(Part(TileBox(**fields["box"]), scores, fields["again"], execution))
     return found
 
 

@@ -231,6 +231,8 @@ class RestoreStage(_ModelStage[Engine]):
             tickets[i] = dataclasses.replace(tickets[i], caption=caption, prompt=prompt)
         pixels = list(batch["pixels"])
         restored = loaded.restore([tickets[i] for i in working], [pixels[i] for i in working])
+        for i in working:
+            tickets[i] = dataclasses.replace(tickets[i], execution=loaded.execution)
         for i, tile in zip(working, restored, strict=True):
             try:
                 tickets[i], pixels[i] = _through_gate(loaded, tickets[i], pixels[i], tile)

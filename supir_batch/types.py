@@ -266,6 +266,7 @@ class TileTicket:
     prompt: str = ""  # the full positive prompt the engine used
     scores: GateScores | None = None  # of the tile; of the image once it is whole
     again: bool = False  # the tile went wrong and was restored a second time
+    execution: str = ""  # how the engine worked on the tile; on the image once it is whole. Decides rounding alone
     failure: Failure | None = None
     recovered: bool = False
     kept: bool = False

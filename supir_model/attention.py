@@ -86,4 +86,5 @@ def _cross_attentions(net: nn.Module) -> list[Attention]:
 
 def _heads(tokens: Tensor, heads: int) -> Tensor:
     """[B, T, C] to [B, heads, T, C / heads]."""
-    return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
+    batch, length, _ = tokens.shape
+    return tokens.view(batch, length, heads, -1).transpose(1, 2)

@@ -7,7 +7,9 @@ folder is that of the environment variable TORCHINDUCTOR_CACHE_DIR, else ``supir
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,34 +18,39 @@ from supir_model.networks import Conditioning, Networks
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
+Backend = str | Callable[..., Any]
+
 
 class CompiledNetworks:
-    """``Networks`` for inputs of the shapes that it first meets; every other shape is compiled anew."""
+    """``Networks`` for inputs of the shapes that it first meets; every other shape is compiled anew.
 
-    def __init__(self, networks: Networks, backend: str = "inductor") -> None:
-        self._networks, self._failure = networks, ""
+    backend: of torch.compile. Its ``inductor`` needs a C++ compiler, and on CUDA Triton, which comes with torch.
+    """
+
+    def __init__(self, networks: Networks, backend: Backend = "inductor") -> None:
         os.environ.setdefault(CACHE, str(_user_cache() / "supir-batch" / "compiled"))
-        graphs = backend == "inductor" and torch.cuda.is_available()
-        self._forward = torch.compile(
-            networks.forward,
-            backend=backend,
-            mode="reduce-overhead" if graphs else None,  # CUDA graphs
-            dynamic=False,
-            fullgraph=True,
-        )
+        self._networks, self._failure = networks, ""
+        self._graphs = backend == "inductor" and torch.cuda.is_available()
+        mode = "reduce-overhead" if self._graphs else None  # CUDA graphs
+        self._forward = torch.compile(networks.forward, backend=backend, mode=mode, dynamic=False, fullgraph=True)
 
     def __call__(self, x: Tensor, timestep: Tensor, control_scale: Tensor, conditioning: Conditioning) -> Tensor:
-        """``Networks.forward``; the result is the caller's, the next call does not overwrite it."""
+        """``Networks.forward``; the result is the caller's, the next call does not overwrite it.
+
+        Raises torch.OutOfMemoryError, also where memory ran out while compiling.
+        """
         if not self._failure:
-            torch.compiler.cudagraph_mark_step_begin()
             try:
+                if self._graphs:
+                    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                 return self._forward(x, timestep, control_scale, conditioning).clone()
             except torch._dynamo.exc.TorchDynamoException as error:
                 cause = getattr(error, "inner_exception", error)
                 if isinstance(cause, torch.OutOfMemoryError):
                     raise cause from error
                 self._failure = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"
-        return self._networks(x, timestep, control_scale, conditioning)
+        plain: Tensor = self._networks(x, timestep, control_scale, conditioning)
+        return plain
 
     @property
     def state(self) -> str:

@@ -53,6 +53,7 @@ class Rung:
 
 LADDER = (
     Rung(8, 4096),
+    Rung(8, 3072),
     Rung(4, 2048),
     Rung(2, 1536),
     Rung(1, 1024),

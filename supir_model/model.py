@@ -16,7 +16,7 @@ from torch import Tensor
 from supir_model import memory
 from supir_model.attention import fuse_projections
 from supir_model.color import fix_color
-from supir_model.compiled import CompiledNetworks
+from supir_model.compiled import Backend, CompiledNetworks
 from supir_model.config import ColorFix, ModelConfig, Precision, SamplingDefaults
 from supir_model.errors import RequestError
 from supir_model.first_stage import FirstStage, autocast, device_of
@@ -128,7 +128,7 @@ class SupirModel:
         device: torch.device,
         precision: Precision = "float32",
         rungs: Sequence[Rung] = (Rung(1),),
-        backend: str | None = None,
+        backend: Backend | None = None,
     ) -> None:
         self.networks = networks.eval().requires_grad_(False)
         self.config = config

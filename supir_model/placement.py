@@ -37,7 +37,9 @@ class Beside:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def run(self, work: Callable[[], Tensor], *reads: Tensor) -> Fetch:
         """Begin ``work``, which uses the tensors ``reads`` of the main stream; the result is fetched when needed."""
