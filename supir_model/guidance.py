@@ -42,18 +42,18 @@ class GuidedDenoiser:
 
     def __call__(self, x: Tensor, sigma: Tensor, control_scale: Tensor, windows: Sequence[Window]) -> Tensor:
         """Estimate of the clean latents behind x [N, C, h, w]; see ``sampler.Guided``."""
-        # at a guidance scale of 1 the negative prompt has no weight, and its half of the batch is not computed
-        guided = not self._cfg_start == self._cfg_end == 1
+        scale = linear_cfg(self._cfg_start, self._cfg_end, sigma)
+        guided = bool((scale != 1).any())  # at 1 the negative prompt has no weight, and its half is not computed
         guides = [self._guides[window.item] for window in windows]
         texts = [guide.negative for guide in guides] if guided else []
         texts += [guide.positive_of(window) for guide, window in zip(guides, windows, strict=True)]
         halves = 2 if guided else 1
         crops = torch.stack([window.crop(guide.control) for guide, window in zip(guides, windows, strict=True)])
         told = conditioning(texts, crops.repeat(halves, 1, 1, 1))
-        sigma, control_scale = (value.to(x.device, non_blocking=True) for value in (sigma, control_scale))
+        sigma, control_scale, scale = (value.to(x.device, non_blocking=True) for value in (sigma, control_scale, scale))
 
-        def network(x_in: Tensor, timestep: Tensor, scale: Tensor) -> Tensor:
-            return self._networks(x_in, timestep, scale, told)
+        def network(x_in: Tensor, timestep: Tensor, control_scale: Tensor) -> Tensor:
+            return self._networks(x_in, timestep, control_scale, told)
 
         denoised = denoise(
             network,
@@ -63,4 +63,4 @@ class GuidedDenoiser:
             control_scale.repeat(halves),
             Origin(told.control_latent, self._config.residual_std),
         )
-        return guide(denoised, linear_cfg(self._cfg_start, self._cfg_end, sigma)) if guided else denoised
+        return guide(denoised, scale) if guided else denoised

@@ -82,16 +82,19 @@ def test_memory_that_runs_out_while_compiling_is_a_matter_of_the_ladder(networks
 
 
 _COMPILE = """
+from dataclasses import replace
+
 import torch
 from torch._dynamo.utils import counters
 from supir_model.compiled import CompiledNetworks
-from supir_model.config import TINY
+from supir_model.config import TINY, ControlConfig, UNetConfig
 from supir_model.networks import Conditioning, Networks
 
-torch.manual_seed(0)
-networks = Networks(TINY).eval().requires_grad_(False)
-x = torch.zeros(1, 8, 8, 8)
-told = Conditioning(torch.zeros(1, 48, 128), torch.zeros(1, 128), x)
+unet = UNetConfig(4, (16, 16), 1, (0, 1), 16, context_dim=8, vector_dim=8, norm_groups=8)
+control = ControlConfig((0, 1), hidden=8, norm_groups=8, attention_head_dim=16, attention_levels=())
+networks = Networks(replace(TINY, unet=unet, control=control)).eval().requires_grad_(False)
+x = torch.zeros(1, 4, 4, 4)
+told = Conditioning(torch.zeros(1, 4, 8), torch.zeros(1, 8), x)
 arguments = (x, torch.zeros(1, dtype=torch.int64), torch.ones(1, 1, 1, 1), told)
 with torch.inference_mode():
     compiled = CompiledNetworks(networks)
