@@ -35,7 +35,7 @@ def failure_of(stage: str, source: Source, error: Exception) -> Failure:
     """
     if isinstance(error, SupirBatchError):
         kind, message = error.kind, str(error)
-    elif isinstance(error, MemoryError):
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's: of a GPU
         kind, message = "out-of-memory", "not enough memory; lower tiling.max_pixels or use a larger machine"
     else:
         kind, message = "internal", f"{type(error).__name__}: {error}"

@@ -12,8 +12,8 @@ from supir_batch.types import FloatImage, Job, ModelRef, TileTicket
 if TYPE_CHECKING:
     import torch
 
+    from supir_model.first_stage import FirstStage
     from supir_model.llava import LlavaCaptioner
-    from supir_model.model import FirstStage
 
 
 class Captioner(Protocol):
@@ -96,7 +96,7 @@ class _RobustEyes:
     """The part of a SUPIR model that sees behind degradation."""
 
     def __init__(self, model: ModelRef | None, device: Device) -> None:
-        from supir_model.model import FirstStage  # noqa: PLC0415
+        from supir_model.first_stage import FirstStage  # noqa: PLC0415
 
         if model is None:
             raise ValueError("an engine without a model reads no captions")

@@ -149,6 +149,11 @@ MEANINGS = {
     "seconds_write": "time in stitching, encoding and committing",
     "peak_memory_bytes": "largest memory any of the stages saw while it worked on this image",
     "device": "what the engine ran on",
+    "execution": (
+        "how the engine worked: windows that the networks saw at once, parts of the VAE, whether compiled, and with "
+        "what it ran out of memory on the way; decides rounding alone. Of a cut image, all ways of its tiles, separated by "
+        "<code>&#124;</code>"
+    ),
     "version_supir_batch": "version of supir-batch",
     "version_torch": "installed version; null: not installed",
     "version_ray": "likewise",

@@ -36,6 +36,7 @@ class Committed:
     c2pa_sha256: str = ""  # of the content credentials beside it; "" if it has none or holds them
     seed: int = 0  # that the image is tagged with
     again: bool = False  # some of it was restored a second time
+    execution: str = ""  # how the engine worked on it
     scores: GateScores | None = None
     audit: AuditScores | None = None
 
@@ -133,6 +134,7 @@ def _read_record(uri: str) -> tuple[str, Committed] | None:
             str(beside.get("c2pa", "")),
             int(record["seed"]),
             again=bool(gate.pop("restored_again", False)),
+            execution=str(record["run"].get("execution", "")),
             scores=GateScores(**gate) if gate else None,
             audit=_audit(record["audit"]) if record.get("audit") else None,
         )

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from supir_batch import __version__, checksums, lease, runlog, signing, store
-from supir_batch.engine import LoadEngine, load_engine
+from supir_batch.engine import LoadEngine
 from supir_batch.errors import StoreError, SupirBatchError
 from supir_batch.events import Events, Listener, Talk
 from supir_batch.plan import Plan, RefusedJob
@@ -97,7 +97,7 @@ class Stopped(BaseException):
 
 
 def execute(
-    manifest: Manifest, manifest_uri: str, plan: Plan, limits: Limits, talk: Talk, load: LoadEngine = load_engine
+    manifest: Manifest, manifest_uri: str, plan: Plan, limits: Limits, talk: Talk, load: LoadEngine | None = None
 ) -> Summary:
     """Do the plan's work, within ``limits``; ``talk`` says how to tell of it.
 
@@ -164,7 +164,7 @@ def _execute(
     stop: Stop,
     events: Events,
     talk: Talk,
-    load: LoadEngine,
+    load: LoadEngine | None,
 ) -> Summary:
     jobs = [entry.job for entry in plan.todo[: limits.images]]
     started = time.monotonic()

@@ -24,6 +24,7 @@ class Engine(Protocol):
     """Restores tiles. Results depend on each tile and its settings alone, never on the other tiles of a call."""
 
     device: str  # for the log
+    execution: str = ""  # how the last call of ``restore`` worked, for the log
 
     def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
         """Restored tiles [h, w, 3], same sizes and order; in [0, 1], or around it under geometry ``released``."""
@@ -42,6 +43,7 @@ class LanczosEngine:
     """The non-generative baseline: the decoder has already resampled the image, so nothing is left to do."""
 
     device = "cpu"
+    execution = ""
 
     def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
         """The tiles themselves."""
@@ -53,24 +55,37 @@ class LanczosEngine:
 
 
 class SupirEngine:
-    """SUPIR: the model is loaded in the constructor and reused for every tile."""
+    """SUPIR: the model is loaded in the constructor and reused for every tile.
 
-    def __init__(self, model: ModelRef, device: Device) -> None:
+    window_batch: most windows that the networks see at once on a GPU. A CPU is not faster with several.
+    """
+
+    def __init__(self, model: ModelRef, device: Device, window_batch: int = 1) -> None:
+        from supir_model.first_stage import device_of  # noqa: PLC0415
         from supir_model.model import SupirModel  # noqa: PLC0415
 
         fix_threads()
+        target = device_of(None if device == "auto" else device)
         self.model: SupirModel = SupirModel.load(
-            model_folder.local(model.uri), None if device == "auto" else device, model.precision
+            model_folder.local(model.uri), str(target), model.precision, window_batch if target.type == "cuda" else 1
         )
         self.device = str(self.model.device)
+        self.execution = ""
+        self._is_new = True
 
     def restore(self, tickets: Sequence[TileTicket], tiles: Sequence[FloatImage]) -> list[FloatImage]:
         """Sample each tile with its own seed, prompt and place in the image."""
         restored: list[FloatImage | None] = [None] * len(tickets)
+        ways: list[str] = []
         for sampling, members in self._by_sampling(tickets).items():
             requests = [self._request(tickets[i], tiles[i]) for i in members]
             for i, tensor in zip(members, self.model.restore(requests, sampling), strict=True):
                 restored[i] = ((tensor + 1) / 2).permute(1, 2, 0).contiguous().numpy()
+            ways.append(self.model.execution)
+        if self._is_new and self.model.seconds_to_first_window is not None:
+            ways.append(f"first window {self.model.seconds_to_first_window:.1f} s after loading began")
+            self._is_new = False
+        self.execution = "; ".join(dict.fromkeys(ways))
         return [tile for tile in restored if tile is not None]
 
     def restore_again(self, ticket: TileTicket, tile: FloatImage) -> FloatImage | None:
@@ -101,9 +116,9 @@ class SupirEngine:
         )
 
 
-def load_engine(model: ModelRef | None, device: Device) -> Engine:
+def load_engine(model: ModelRef | None, device: Device, window_batch: int = 1) -> Engine:
     """The engine with this model, ready to work; without one, the baseline."""
-    return LanczosEngine() if model is None else SupirEngine(model, device)
+    return LanczosEngine() if model is None else SupirEngine(model, device, window_batch)
 
 
 def alignment(model: ModelRef | None) -> int:

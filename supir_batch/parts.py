@@ -27,6 +27,7 @@ class Part:
     box: TileBox
     scores: GateScores | None
     again: bool
+    execution: str
     audit: TileAudit | None = None
 
     @classmethod
@@ -34,7 +35,7 @@ class Part:
         """The part that a ticket stands for. Raises ValueError if it has no box."""
         if ticket.box is None:
             raise ValueError("the ticket carries no tile box")
-        return cls(ticket.box, ticket.scores, ticket.again, ticket.tile_audit)
+        return cls(ticket.box, ticket.scores, ticket.again, ticket.execution, ticket.tile_audit)
 
 
 def uri(job: Job, fingerprint: str, index: int) -> str:
@@ -68,7 +69,8 @@ def read(job: Job, fingerprint: str, count: int) -> list[Part]:
         fields = json.loads(store.read_text(_about(uri(job, fingerprint, index))))
         scores = None if fields["scores"] is None else GateScores(**fields["scores"])
         audit = None if fields.get("audit") is None else _audit(fields["audit"])
-        found.append(Part(TileBox(**fields["box"]), scores, fields["again"], audit))
+        execution = fields.get("execution", "")  # not in what an earlier version has kept
+        found.append(Part(TileBox(**fields["box"]), scores, fields["again"], execution, audit))
     return found
 
 

@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -75,17 +76,18 @@ def run(
     listener: Listener,
     run_id: str,
     stop: threading.Event,
-    load: LoadEngine = load_engine,
+    load: LoadEngine | None = None,
 ) -> None:
     """Do all jobs; the listener gets the run-log row (``runlog.SCHEMA``) of every image as it ends, in any order.
 
     An image gets a second row only if two writers committed it; the row that finished later is true. Once ``stop`` is
     set, images that are on their way are finished, and no others begun.
 
-    ``load`` is called once in each restoring worker. An exception raised by ``on_row`` stops the run; what was
-    committed until then stays. Raises EngineError if the engine or the captioner cannot be loaded, or if this machine,
-    on its own, has no place for their workers.
+    ``load`` is called once in each restoring worker, by default ``engine.load_engine``. An exception that ``on_row``
+    raises stops the run; what was committed until then stays. Raises EngineError if the engine or the captioner cannot
+    be loaded, or if this machine, on its own, has no place for their workers.
     """
+    load = load or partial(load_engine, window_batch=runtime.batch)
     captioned = any(wants_caption(job) for job in jobs)
     gpus = runtime.gpus_per_actor
     if captioned and runtime.caption_gpus_per_actor is None:

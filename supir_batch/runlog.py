@@ -121,6 +121,7 @@ SCHEMA = pa.schema(
         *((f"seconds_{stage}", pa.float64()) for stage in STAGES),
         ("peak_memory_bytes", pa.int64()),
         ("device", pa.string()),
+        ("execution", pa.string()),
         ("version_supir_batch", pa.string()),
         *((f"version_{package}", pa.string()) for package in PACKAGES),
         ("started_at", _TIME),
@@ -172,6 +173,7 @@ def to_row(outcome: Outcome, run_id: str) -> dict[str, Any]:
         "seed": ticket.seed if ticket.fingerprint else None,
         "peak_memory_bytes": max((record.peak_memory_bytes for record in ticket.records), default=None),
         "device": next((record.device for record in ticket.records if record.stage == "restore"), None),
+        "execution": ticket.execution or None,
         "started_at": _moment(ticket.started_at),
         "finished_at": _moment(outcome.finished_at),
     }

@@ -432,7 +432,12 @@ class Runtime(_Section):
     accelerator: str | None = Field(
         default=None, min_length=1, description="Kind of card for restoring workers, such as H100; left out: any."
     )
-    batch: int = Field(default=1, ge=1, le=256, description="Tiles restored at once by one worker.")
+    batch: int = Field(
+        default=1,
+        ge=1,
+        le=256,
+        description="Tiles restored at once by one worker; on a GPU as many windows, if memory allows.",
+    )
     caption_actors: int = Field(default=1, ge=1, le=4096, description="Captioning workers.")
     max_caption_actors: int | None = Field(
         default=None, ge=1, le=4096, description="Up to so many while images wait; left out: caption_actors."

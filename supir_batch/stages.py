@@ -240,6 +240,8 @@ class RestoreStage(_ModelStage[Engine]):
         before = list(batch["pixels"])
         pixels = list(before)
         restored = loaded.restore([tickets[i] for i in working], [pixels[i] for i in working])
+        for i in working:
+            tickets[i] = dataclasses.replace(tickets[i], execution=loaded.execution)
         for i, tile in zip(working, restored, strict=True):
             try:
                 ticket, chosen = _through_gate(loaded, tickets[i], pixels[i], tile)

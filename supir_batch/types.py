@@ -335,6 +335,7 @@ class TileTicket:
     again: bool = False  # the tile went wrong and was restored a second time
     tile_audit: TileAudit | None = None
     audit: AuditScores | None = None  # of the image once it is whole
+    execution: str = ""  # how the engine worked on the tile; on the image once it is whole. Decides rounding alone
     failure: Failure | None = None
     recovered: bool = False
     kept: bool = False

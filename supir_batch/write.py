@@ -65,7 +65,14 @@ def _failed(ticket: TileTicket, failure: Failure) -> Outcome:
 
 def _done(ticket: TileTicket, output: Committed) -> Outcome:
     """The outcome of an image whose output is ``output``, whoever made it: seed and scores are those of its record."""
-    ticket = dataclasses.replace(ticket, seed=output.seed, again=output.again, scores=output.scores, audit=output.audit)
+    ticket = dataclasses.replace(
+        ticket,
+        seed=output.seed,
+        again=output.again,
+        execution=output.execution,
+        scores=output.scores,
+        audit=output.audit,
+    )
     return Outcome(
         ticket,
         "done",
@@ -199,6 +206,7 @@ def _finish(
             _now(),
             seed=ticket.seed,
             again=ticket.again,
+            execution=ticket.execution,
             scores=ticket.scores,
             audit=ticket.audit,
         )
@@ -253,6 +261,7 @@ def _of_image(ticket: TileTicket, facts: ImageFacts, found: Sequence[Part]) -> t
         facts=facts,
         seed=second_seed(seed) if len(again) == len(found) else seed,
         again=bool(again),
+        execution=" | ".join(dict.fromkeys(part.execution for part in found if part.execution)),
         scores=gate.combine(scores) if scores else None,
         audit=audited,
     )
@@ -310,6 +319,7 @@ def _sidecar(ticket: TileTicket, record: provenance.ProvenanceRecord, output: Co
             "source_bytes": source.size,
             "source_sha256_given": source.sha256 is not None,
             "replaces": source.replaces,
+            "execution": ticket.execution,
             "stages": [dataclasses.asdict(stage) for stage in ticket.records],
         },
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from supir_model.attention import KeysValues, read_text_once
 from supir_model.config import ControlConfig, UNetConfig
 from supir_model.unet import build_sdxl_unet, embed, encode_down
 
@@ -17,12 +18,18 @@ class ControlEncoder(nn.Module):
         self.base = build_sdxl_unet(config, control.transformer_depth)
         self.base.up_blocks = nn.ModuleList()  # encoder and middle only
         self.base.conv_norm_out = self.base.conv_act = self.base.conv_out = None
+        read_text_once(self.base)
         self.hint = nn.Conv2d(config.latent_channels, config.channels[0], 3, padding=1)
         nn.init.zeros_(self.hint.weight)
         nn.init.zeros_(self.hint.bias)  # type: ignore[arg-type]
 
     def forward(
-        self, x: Tensor, timestep: Tensor, context: Tensor, vector: Tensor, control_latent: Tensor
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor | KeysValues,
+        vector: Tensor,
+        control_latent: Tensor,
     ) -> list[Tensor]:
         """One feature per UNet skip, finest first, then the middle block's.
 

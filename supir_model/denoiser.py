@@ -29,6 +29,11 @@ def sigma_table() -> Tensor:
     return torch.from_numpy(((1 - alpha_bar) / alpha_bar).astype(np.float32)).sqrt()
 
 
+@cache
+def _table_on(device: torch.device) -> Tensor:
+    return sigma_table().to(device)
+
+
 def legacy_sigmas(steps: int) -> Tensor:
     """The n-step schedule of the release, descending, with a final 0: [steps + 1] float32 (section 5)."""
     timesteps = np.linspace(999, 0, steps, endpoint=False).astype(np.int64)  # numpy's rounding decides some n
@@ -45,8 +50,7 @@ def karras_sigmas(steps: int) -> Tensor:
 
 def nearest_timestep(sigma: Tensor) -> Tensor:
     """Index of the table's nearest noise level, [B] int64, for sigma [B]."""
-    table = sigma_table().to(sigma.device)
-    return (sigma[:, None] - table).abs().argmin(dim=1)
+    return (sigma[:, None] - _table_on(sigma.device)).abs().argmin(dim=1)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def denoise(
     noisy latent allow channel by channel, and the network has only the rest to learn.
     """
     timestep = nearest_timestep(sigma)
-    q = sigma_table().to(x.device)[timestep][:, None, None, None]
+    q = _table_on(x.device)[timestep][:, None, None, None]
     c_in = (q**2 + 1).rsqrt()
     scale = control_scale[:, None, None, None]
     out = network(x * c_in, timestep, scale).float()
@@ -90,9 +94,14 @@ def denoise(
             if origin is None:
                 raise ValueError("prediction 'residual' needs an origin")
             center = scale * origin.latent
-            std = torch.tensor(origin.std, device=x.device)[None, :, None, None] ** scale
+            std = _vector_on(origin.std, x.device)[None, :, None, None] ** scale
             spread = (q**2 + std**2).rsqrt()
             return center + (std * spread) ** 2 * (x - center) - q * std * spread * out
+
+
+@cache
+def _vector_on(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
 
 
 def linear_cfg(cfg_start: float, cfg_end: float, sigma: Tensor) -> Tensor:

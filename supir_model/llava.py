@@ -101,7 +101,14 @@ class LlavaCaptioner:
         except _LOAD_ERRORS as error:
             raise WeightsError(f"captioner {_short(model)} cannot be loaded: {_first_line(error)}") from error
         if quantization is None:
-            network.to(target)
+            try:
+                network.to(target)
+            except torch.OutOfMemoryError as error:
+                # not done unasked: a quantized model says other words, so that is a setting
+                raise WeightsError(
+                    f"captioner {_short(model)} does not fit into the memory of {target}; set its quantization to "
+                    "'8bit' or '4bit', or give it a larger device"
+                ) from error
         _prepare(model, network, processor, chosen)
         return cls(network.eval().requires_grad_(False), processor, chosen, target)
 

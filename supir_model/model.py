@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from supir_model import memory
+from supir_model.attention import fuse_projections
 from supir_model.color import fix_color
+from supir_model.compiled import Backend, CompiledNetworks
 from supir_model.config import ColorFix, ModelConfig, Precision, SamplingDefaults
-from supir_model.denoiser import Origin, denoise, guide, linear_cfg
 from supir_model.errors import RequestError
-from supir_model.loading import FORMATS, load_networks, load_vae
+from supir_model.first_stage import FirstStage, autocast, device_of
+from supir_model.guidance import Guide, GuidedDenoiser, RunNetworks
+from supir_model.loading import FORMATS, load_networks
+from supir_model.memory import Costs, Ladder, PeakOf, Rung
 from supir_model.networks import Conditioning, Networks
 from supir_model.noise import latent_noise
-from supir_model.sampler import DPMPP2MSettings, EDMSettings, SamplerSettings, Window, sample, windows_of
-from supir_model.vae import RobustVAE
+from supir_model.placement import Beside, Fetch, Placement, to_device, weight_bytes
+from supir_model.prompts import PromptReader, Text, conditioning
+from supir_model.sampler import DPMPP2MSettings, EDMSettings, SamplerSettings, sample, windows_of
 from supir_model.vae_tiling import WHOLE, VAETiling
 from supir_model.weights import Checkpoint
 
@@ -93,82 +100,48 @@ class Request:
     window_prompts: tuple[str, ...] = ()
 
 
-class FirstStage:
-    """The robust encoder and the decoder: what is behind a degraded image. Captions are written from it.
+@dataclass(frozen=True)
+class _Seen:
+    """What the VAE makes of a request before sampling, on the device.
 
-    precision: number format inside the VAE; float16 means bfloat16 here, as the VAE overflows in float16.
+    stage1: [1, 3, H, W], what is behind the degradation; control, center: [C, h, w], the robust latent, and the latent
+    of stage1.
     """
 
-    def __init__(self, vae: RobustVAE, config: ModelConfig, device: torch.device, precision: Precision) -> None:
-        self.vae = vae.eval().requires_grad_(False)
-        self.config = config
-        self.device = device
-        self._dtype = FORMATS[precision].conditioner
-
-    @classmethod
-    def load(cls, source: str | Path = "tiny", device: str | None = None, precision: Precision = "float32") -> Self:
-        """Load nothing but the VAE of ``tiny`` or of a converted model's folder. Raises WeightsError."""
-        target = _device(device)
-        vae, config = load_vae(source, target, precision)
-        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return cls(vae, config, target, precision)
-
-    @torch.inference_mode()
-    def see(self, image: Tensor) -> Tensor:
-        """[3, H, W] to [3, H, W], both in [-1, 1]."""
-        decoded = self.decode(self.encode_robust(self.pad(image)))
-        return decoded[0, :, : image.shape[1], : image.shape[2]].clamp(-1, 1)
-
-    @torch.inference_mode()
-    def encode_decode(self, image: Tensor) -> Tensor:
-        """What the ordinary encoder and the decoder keep of a clean image: no restoration can come closer."""
-        padded = self.pad(image)
-        with autocast(self.device, self._dtype):
-            decoded = self.vae.decode(self.vae.encode(padded)).float()
-        return decoded[0, :, : image.shape[1], : image.shape[2]].clamp(-1, 1)
-
-    def encode_robust(self, image: Tensor, tiling: VAETiling = WHOLE) -> Tensor:
-        """``RobustVAE.encode_robust`` in this precision, float32 out; so are the next two."""
-        with autocast(self.device, self._dtype):
-            return self.vae.encode_robust(image, tiling).float()
-
-    def encode(self, image: Tensor, noise: Tensor, tiling: VAETiling = WHOLE) -> Tensor:
-        """``RobustVAE.encode``."""
-        with autocast(self.device, self._dtype):
-            return self.vae.encode(image, noise, tiling).float()
-
-    def decode(self, latent: Tensor, tiling: VAETiling = WHOLE) -> Tensor:
-        """``RobustVAE.decode``."""
-        with autocast(self.device, self._dtype):
-            return self.vae.decode(latent, tiling).float()
-
-    def pad(self, image: Tensor) -> Tensor:
-        """[1, 3, H', W'] on the device, sides padded right and bottom to multiples of the networks' alignment."""
-        if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) == 0:
-            raise RequestError(f"image must be [3, H, W] with H, W >= 1, got {list(image.shape)}")
-        height, width = image.shape[1:]
-        alignment = self.config.alignment
-        bottom, right = -height % alignment, -width % alignment
-        batch = image[None].to(self.device, torch.float32)
-        padded = F.pad(batch, (0, right, 0, bottom), mode="replicate")
-        return padded.contiguous(memory_format=torch.channels_last)
+    stage1: Tensor
+    control: Tensor
+    center: Tensor
 
 
 class SupirModel:
     """Networks, their configuration and the device they live on.
 
     precision: number format inside the networks, which hold their weights in it. Latents, noise levels, noise and
-    guidance are float32 in any case (specification section 13).
+    guidance are float32 in any case (specification section 13). rungs: how to work, and how when memory runs out.
+    backend: of torch.compile, for the denoising networks on full windows; None: not compiled.
     """
 
     def __init__(
-        self, networks: Networks, config: ModelConfig, device: torch.device, precision: Precision = "float32"
+        self,
+        networks: Networks,
+        config: ModelConfig,
+        device: torch.device,
+        precision: Precision = "float32",
+        rungs: Sequence[Rung] = (Rung(1),),
+        backend: Backend | None = None,
     ) -> None:
         self.networks = networks.eval().requires_grad_(False)
         self.config = config
         self.device = device
+        self.ladder = Ladder(rungs, device)
+        self.seconds_to_first_window: float | None = None
+        self._began = time.perf_counter()
         self._first = FirstStage(networks.vae, config, device, precision)
         self._formats = FORMATS[precision]
+        self._placement = Placement(networks, device)
+        self._beside = Beside(device)
+        self._compiled = None if backend is None else CompiledNetworks(networks, backend)
+        self._prompts = PromptReader(self._encode, self._project)
 
     @classmethod
     def load(
@@ -176,28 +149,45 @@ class SupirModel:
         source: str | Path | Checkpoint = "tiny",
         device: str | None = None,
         precision: Precision = "float32",
+        window_batch: int = 1,
     ) -> Self:
         """Load a model: ``tiny``, the folder of a converted one, or published files (``weights.Checkpoint``).
 
-        device: torch device, default CUDA where there is one. Raises WeightsError.
+        device: torch device, default CUDA where there is one. window_batch: windows that the networks see at once; on
+        CUDA at most, if memory allows, and the networks are compiled there. Raises WeightsError.
         """
-        target = _device(device)
-        networks, config = load_networks(source, target, precision)
+        began, target = time.perf_counter(), device_of(device)
+        try:
+            networks, config = load_networks(source, target, precision)
+        except torch.OutOfMemoryError:  # its parts come to the device when they are needed
+            networks, config = load_networks(source, torch.device("cpu"), precision)
         networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return cls(networks, config, target, precision)
+        cuda = target.type == "cuda"
+        if cuda:
+            fuse_projections(networks.control)
+            fuse_projections(networks.unet)
+        rungs = memory.rungs_of(window_batch)
+        asked = (Rung(window_batch), *rungs[1:])
+        model = cls(networks, config, target, precision, asked, backend="inductor" if cuda else None)
+        model._began = began
+        if cuda:
+            model.ladder = Ladder(model._affordable(rungs), target)
+        return model
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
         """Compute in float32 for a while; weights held in half precision are widened and come back as they were."""
         held = {name: parameter.dtype for name, parameter in self.networks.named_parameters()}
-        formats, first = self._formats, self._first
+        formats, first, compiled = self._formats, self._first, self._compiled
+        self._prompts.forget()
         try:
             self.networks.float()  # may run out of memory half-way
-            self._formats = FORMATS["float32"]
+            self._formats, self._compiled = FORMATS["float32"], None
             self._first = FirstStage(self.networks.vae, self.config, self.device, "float32")
             yield
         finally:
-            self._formats, self._first = formats, first
+            self._formats, self._first, self._compiled = formats, first, compiled
+            self._prompts.forget()
             for name, parameter in self.networks.named_parameters():
                 parameter.data = parameter.data.to(held[name])
 
@@ -213,82 +203,160 @@ class SupirModel:
     def restore(self, requests: Sequence[Request], sampling: Sampling) -> list[Tensor]:
         """Restore images: [3, H, W] each, in [-1, 1] if clipped, same sizes and order as the requests, on the CPU.
 
-        Each result depends on its own request alone, whatever the company.
+        Each result depends on its own request and on ``execution`` alone, whatever the company.
         """
-        if not requests:
-            return []
-        vae, factor, tiling = self._first, self.config.vae.factor, sampling.vae_tiling
-        stage1, control, center, prompts = [], [], [], []
+        self.ladder.left.clear()
         for request in requests:
-            if request.top % factor or request.left % factor:
-                raise RequestError(f"tile origin ({request.top}, {request.left}) is not a multiple of {factor} pixels")
-            padded = vae.pad(request.image)
-            z_lq = vae.encode_robust(padded, tiling)
-            decoded = vae.decode(z_lq, tiling)
-            posterior = self._noise(request, _POSTERIOR_DRAW, z_lq.shape[-2:])
-            stage1.append(decoded)
-            control.append(z_lq[0])
-            center.append(vae.encode(decoded, posterior[None], tiling)[0])
-            self._check_window_prompts(request, z_lq.shape[-2:], sampling.sampler)
-            positive = request.window_prompts or (request.prompt,)
-            prompts.append(self._read([request.negative_prompt, *positive]))
+            self._check(request, sampling)
+        fetches: list[Fetch] = []
+        for together in self._rounds(requests, sampling.sampler):
+            fetches += self._restore_together(together, sampling)
+        return [fetch() for fetch in fetches]
 
-        # at a guidance scale of 1 the negative prompt has no weight, and its half of the batch is not computed
-        halves = 1 if sampling.cfg_start == sampling.cfg_end == 1 else 2
+    @property
+    def execution(self) -> str:
+        """How the last call of ``restore`` worked, and with what it ran out of memory on the way."""
+        how = [str(self.ladder.rung), *([] if self._compiled is None else [self._compiled.state])]
+        return "; ".join([", ".join(how), *(f"memory ran out with {rung}" for rung in self.ladder.left)])
 
-        def guided(x: Tensor, sigma: Tensor, control_scale: Tensor, windows: Sequence[Window]) -> Tensor:
-            # row 0 is the negative prompt; then one prompt for all windows, or one for each
-            rows = [[0, 1 + w.index if requests[w.item].window_prompts else 1][-halves:] for w in windows]
-            contexts = [prompts[w.item][0][row] for w, row in zip(windows, rows, strict=True)]
-            vectors = [prompts[w.item][1][row] for w, row in zip(windows, rows, strict=True)]
-            crops = torch.stack([w.crop(control[w.item]) for w in windows])
-            conditioning = Conditioning(
-                # [halves, L, C] per window to [unconditional windows; conditional windows]
-                context=torch.stack(contexts, dim=1).flatten(0, 1),
-                vector=torch.stack(vectors, dim=1).flatten(0, 1),
-                control_latent=crops.repeat(halves, 1, 1, 1),
-            )
+    @torch.inference_mode()
+    def costs(self, peak_of: PeakOf) -> Costs:
+        """What this model takes of memory, as ``peak_of`` measures it on windows and images of zeros."""
+        config, nets = self.config, self.networks
+        text = self._prompts.read([""])[0]
 
-            def network(x_in: Tensor, timestep: Tensor, scale: Tensor) -> Tensor:
-                channels_last = x_in.contiguous(memory_format=torch.channels_last)
-                with autocast(self.device, self._formats.denoiser):
-                    out: Tensor = self.networks(channels_last, timestep, scale, conditioning)
-                return out.float()
+        def step(windows: int) -> Tensor:
+            shape = (2 * windows, config.unet.latent_channels, config.window, config.window)
+            x = torch.zeros(shape, device=self.device)
+            timestep = torch.zeros(len(x), dtype=torch.int64, device=self.device)
+            scale = torch.ones(len(x), 1, 1, 1, device=self.device)
+            return self._compute(nets, x, timestep, scale, conditioning([text] * len(x), x))
 
-            denoised = denoise(
-                network,
-                self.config.prediction,
-                x.repeat(halves, 1, 1, 1),
-                sigma.repeat(halves),
-                control_scale.repeat(halves),
-                Origin(conditioning.control_latent, self.config.residual_std),
-            )
-            if halves == 1:
-                return denoised
-            return guide(denoised, linear_cfg(sampling.cfg_start, sampling.cfg_end, sigma))
+        def vae(side: int) -> Tensor:
+            return self._first.decode(self._first.encode_robust(torch.zeros(1, 3, side, side, device=self.device)))
+
+        weights = (weight_bytes(nets), weight_bytes(nets.control) + weight_bytes(nets.unet), weight_bytes(nets.vae))
+        return memory.measure(weights, step, vae, peak_of)
+
+    def _affordable(self, rungs: Sequence[Rung]) -> tuple[Rung, ...]:
+        """The rungs that measured costs and free memory leave, on CUDA."""
+        try:
+            costs = self.costs(partial(memory.peak, self.device))
+        except torch.OutOfMemoryError:
+            return tuple(rung for rung in rungs if rung.offload)
+        return memory.choose(rungs, costs, memory.free_memory(self.device) + torch.cuda.memory_allocated(self.device))
+
+    def _rounds(self, requests: Sequence[Request], settings: SamplerSettings) -> Iterator[list[Request]]:
+        """The requests in order, cut wherever that leaves no batch of windows unfilled.
+
+        The results of one round are decoded while the next is sampled.
+        """
+        together: list[Request] = []
+        windows = 0
+        for request in requests:
+            together.append(request)
+            windows += len(windows_of(0, *self._latent_size(request), settings.window, settings.stride))
+            if windows % self.ladder.rung.window_batch == 0:
+                yield together
+                together, windows = [], 0
+        if together:
+            yield together
+
+    def _restore_together(self, requests: Sequence[Request], sampling: Sampling) -> list[Fetch]:
+        attempt = self.ladder.attempt
+        seen = [attempt(lambda rung, one=one: self._see(one, sampling, rung)) for one in requests]  # type: ignore[misc]
+        prompts = [one for r in requests for one in (r.negative_prompt, *(r.window_prompts or (r.prompt,)))]
 
         def noise(item: int, draw: int) -> Tensor:
-            return self._noise(requests[item], _FIRST_SAMPLER_DRAW + draw, center[item].shape[-2:])
+            return self._noise(requests[item], _FIRST_SAMPLER_DRAW + draw, seen[item].center.shape[-2:])
 
-        latents = sample(guided, center, noise, sampling.sampler)
-        restored = []
-        for request, latent, style in zip(requests, latents, stage1, strict=True):
-            image = fix_color(vae.decode(latent[None], tiling), style, sampling.color_fix)
-            image = image[0, :, : request.image.shape[1], : request.image.shape[2]].cpu()
-            restored.append(image.clamp(-1, 1) if sampling.clip else image)
-        return restored
+        def sampled(rung: Rung) -> list[Tensor]:
+            texts = dict(zip(prompts, self._prompts.read(prompts), strict=True))
+            self._placement.need("control", "unet", alone=rung.offload)
+            guides = [
+                Guide(
+                    texts[request.negative_prompt],
+                    tuple(texts[prompt] for prompt in request.window_prompts or (request.prompt,)),
+                    one.control,
+                )
+                for request, one in zip(requests, seen, strict=True)
+            ]
+            run = partial(self._run, None if rung.offload else sampling.sampler.window)
+            guided = GuidedDenoiser(run, self.config, guides, sampling.cfg_start, sampling.cfg_end)
+            return sample(guided, [one.center for one in seen], noise, sampling.sampler, rung.window_batch)
 
-    def _read(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Context [B, L, C] and vector [B, V] of the prompts, float32."""
+        latents = attempt(sampled)
+        return [
+            attempt(lambda rung, r=r, s=s, z=z: self._finish(r, s, z, sampling, rung))  # type: ignore[misc]
+            for r, s, z in zip(requests, seen, latents, strict=True)
+        ]
+
+    def _see(self, request: Request, sampling: Sampling, rung: Rung) -> _Seen:
+        self._placement.need("vae", alone=rung.offload)
+        vae, tiling = self._first, rung.tiling(sampling.vae_tiling)
+        z_lq = vae.encode_robust(vae.pad(request.image), tiling)
+        decoded = vae.decode(z_lq, tiling)
+        posterior = self._noise(request, _POSTERIOR_DRAW, z_lq.shape[-2:])
+        return _Seen(decoded, z_lq[0], vae.encode(decoded, posterior[None], tiling)[0])
+
+    def _finish(self, request: Request, seen: _Seen, latent: Tensor, sampling: Sampling, rung: Rung) -> Fetch:
+        self._placement.need("vae", alone=rung.offload)
+
+        def finished() -> Tensor:
+            decoded = self._first.decode(latent[None], rung.tiling(sampling.vae_tiling))
+            image = fix_color(decoded, seen.stage1, sampling.color_fix)
+            image = image[0, :, : request.image.shape[1], : request.image.shape[2]]
+            return image.clamp(-1, 1) if sampling.clip else image
+
+        if rung.offload:  # weights must not leave while another stream reads them
+            restored = finished().cpu()
+            return lambda: restored
+        return self._beside.run(finished, latent, seen.stage1)
+
+    def _run(self, compiled: int | None, x: Tensor, timestep: Tensor, scale: Tensor, told: Conditioning) -> Tensor:
+        """The networks, compiled where there is a program and windows have the side ``compiled``."""
+        networks: RunNetworks = self.networks
+        if self._compiled is not None and x.shape[2] == x.shape[3] == compiled:
+            networks = self._compiled
+        out = self._compute(networks, x, timestep, scale, told)
+        if self.seconds_to_first_window is None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds_to_first_window = time.perf_counter() - self._began
+        return out
+
+    def _compute(self, networks: RunNetworks, x: Tensor, timestep: Tensor, scale: Tensor, told: Conditioning) -> Tensor:
+        """Networks in their number format, float32 out."""
+        with autocast(self.device, self._formats.denoiser):
+            out = networks(x.contiguous(memory_format=torch.channels_last), timestep, scale, told)
+        return out.float()
+
+    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Context [1, L, C] and vector [1, V] of a prompt, float32."""
+        self._placement.need("text", alone=self.ladder.rung.offload)
         with autocast(self.device, self._formats.conditioner):
-            context, vector = self.networks.text(prompts)
+            context, vector = self.networks.text([prompt])
         return context.float(), vector.float()
 
-    def _check_window_prompts(self, request: Request, size: torch.Size, settings: SamplerSettings) -> None:
-        wanted = len(windows_of(0, size[0], size[1], settings.window, settings.stride))
+    def _project(self, context: Tensor, vector: Tensor) -> Text:
+        self._placement.need("control", "unet", alone=self.ladder.rung.offload)
+        with autocast(self.device, self._formats.denoiser):
+            return Text(self.networks.project(context), vector)
+
+    def _check(self, request: Request, sampling: Sampling) -> None:
+        factor, settings = self.config.vae.factor, sampling.sampler
+        if request.top % factor or request.left % factor:
+            raise RequestError(f"tile origin ({request.top}, {request.left}) is not a multiple of {factor} pixels")
+        wanted = len(windows_of(0, *self._latent_size(request), settings.window, settings.stride))
         found = len(request.window_prompts)
         if found not in (0, wanted):
             raise RequestError(f"{found} window prompts for a latent of {wanted} windows; give {wanted}, or none")
+
+    def _latent_size(self, request: Request) -> tuple[int, int]:
+        """Rows and columns of the latent of a request."""
+        alignment, factor = self.config.alignment, self.config.vae.factor
+        height, width = (-(-side // alignment) * alignment // factor for side in request.image.shape[-2:])
+        return height, width
 
     def _noise(self, request: Request, draw: int, size: torch.Size) -> Tensor:
         factor = self.config.vae.factor
@@ -301,13 +369,4 @@ class SupirModel:
             size[0],
             size[1],
         )
-        return noise.to(self.device)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Run networks in this number format; float32 changes nothing."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return to_device(noise, self.device)

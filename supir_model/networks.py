@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from supir_model.attention import KeysValues, project_text
 from supir_model.config import ModelConfig
 from supir_model.control import ControlEncoder
 from supir_model.text import build_text_encoder
@@ -14,14 +16,22 @@ from supir_model.unet import ControlledUNet
 from supir_model.vae import RobustVAE
 
 
+class ProjectedText(NamedTuple):
+    """What the cross attentions of the two denoising networks read of B prompts."""
+
+    control: KeysValues
+    unet: KeysValues
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """What the denoising networks are told besides the noisy latent.
 
-    context: [B, L, C]; vector: [B, V]; control_latent: [B, C, h, w] from the robust encoder.
+    context: [B, L, C], or what ``Networks.project`` makes of it; vector: [B, V]; control_latent: [B, C, h, w] from the
+    robust encoder.
     """
 
-    context: Tensor
+    context: Tensor | ProjectedText
     vector: Tensor
     control_latent: Tensor
 
@@ -39,9 +49,15 @@ class Networks(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, control_scale: Tensor, conditioning: Conditioning) -> Tensor:
         """Network output F [B, C, h, w] for a scaled noisy latent x [B, C, h, w] (specification sections 3 to 5)."""
-        features = self.control(x, timestep, conditioning.context, conditioning.vector, conditioning.control_latent)
-        out: Tensor = self.unet(x, timestep, conditioning.context, conditioning.vector, features, control_scale)
+        context, vector = conditioning.context, conditioning.vector
+        for_control, for_unet = context if isinstance(context, ProjectedText) else (context, context)
+        features = self.control(x, timestep, for_control, vector, conditioning.control_latent)
+        out: Tensor = self.unet(x, timestep, for_unet, vector, features, control_scale)
         return out
+
+    def project(self, context: Tensor) -> ProjectedText:
+        """What every step and every window reads of context [B, L, C], computed once."""
+        return ProjectedText(project_text(self.control.base, context), project_text(self.unet.base, context))
 
 
 def build_on_meta(config: ModelConfig) -> Networks:

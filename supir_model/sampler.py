@@ -3,6 +3,12 @@
 Latents are lists of [C, h, w] float32 tensors, one per image and of any size. Every step cuts all of them into windows
 of one shape, advances the windows, and blends them back, so that no seam can outlive a step. A latent that fits into a
 window is its own single window.
+
+Networks see ``window_batch`` windows at once, never fewer: the last batch of each shape is filled up with windows that
+are computed and thrown away. A kernel may round differently for another batch size, but never meets one, so a result
+depends on that number, to rounding, and not on the company that its windows keep.
+
+Noise levels stay on the CPU: steps decide by them, and a decision must not wait for the device.
 """
 
 from __future__ import annotations
@@ -39,7 +45,8 @@ class Window:
 
 
 Guided = Callable[[Tensor, Tensor, Tensor, Sequence[Window]], Tensor]
-"""Guided denoiser D(x [N, C, h, w], sigma [N], control_scale [N], windows [N]) -> [N, C, h, w]"""
+"""Guided denoiser D(x [N, C, h, w], sigma [N], control_scale [N], windows [N]) -> [N, C, h, w]; sigma and control_scale
+are one value again and again, on the CPU"""
 
 Noise = Callable[[int, int], Tensor]
 """noise(item, draw) -> [C, h, w] unit normal; draw 0 starts the trajectory, draw i + 1 belongs to step i"""
@@ -134,7 +141,8 @@ def edm_step(
 ) -> Tensor:
     """One restoration-guided EDM step (SUPIR, Algorithm 1; section 7.1): Euler, no second-order correction.
 
-    x, x_center, eps: [N, C, h, w]; sigma, next_sigma: float32 scalars; guided(x, sigma_hat [N], control_scale [N]).
+    x, x_center, eps: [N, C, h, w]; sigma, next_sigma: float32 scalars on the CPU; guided(x, sigma_hat [N],
+    control_scale [N]).
     """
     count = x.shape[0]
     gamma = min(settings.churn / settings.steps, math.sqrt(2) - 1)
@@ -143,7 +151,7 @@ def edm_step(
         x = x + settings.noise * eps * torch.sqrt(sigma_hat**2 - sigma**2)
 
     # sigma in the schedules, sigma_hat in the denoiser: the release mixes them and results depend on it
-    denoised = guided(x, sigma_hat.expand(count), control_scale_at(sigma, settings).to(x.device).expand(count))
+    denoised = guided(x, sigma_hat.expand(count), control_scale_at(sigma, settings).expand(count))
     denoised = pull_to_center(denoised, x_center, sigma, next_sigma, settings)
     return x + (next_sigma - sigma_hat) * (x - denoised) / sigma_hat
 
@@ -162,10 +170,10 @@ def dpmpp2m_step(
     """One DPM++ 2M SDE step (Lu et al. 2022; section 7.3). Returns the next x and this step's denoised.
 
     x, x_center, eps: [N, C, h, w]; previous: denoised of the step before, at ``last_sigma``, None on the first step,
-    which adds no noise although its coefficients are the SDE's (as released). Sigmas: float32 scalars.
+    which adds no noise although its coefficients are the SDE's (as released). Sigmas: float32 scalars on the CPU.
     """
     count = x.shape[0]
-    denoised = guided(x, sigma.expand(count), control_scale_at(sigma, settings).to(x.device).expand(count))
+    denoised = guided(x, sigma.expand(count), control_scale_at(sigma, settings).expand(count))
     denoised = pull_to_center(denoised, x_center, sigma, next_sigma, settings)
     if next_sigma == 0:
         return denoised, denoised  # the limit of the formulas below, which would be 0 * inf at eta 0
@@ -206,7 +214,8 @@ def sample(
 ) -> list[Tensor]:
     """Sample one latent per ``x_center`` [C, h, w]. Returns float32 latents of the same sizes.
 
-    window_batch: how many windows the networks see at once; it changes speed, not results (to rounding).
+    window_batch: how many windows the networks see at once; more are faster on a GPU, and cost more where many are
+    filling.
     """
     *_, latents = trajectory(guided, x_center, noise, settings, window_batch)
     return latents
@@ -223,7 +232,7 @@ def trajectory(
     if settings.steps < 1:
         raise RequestError(f"a sampler needs at least 1 step, got {settings.steps}")
     schedule = legacy_sigmas if isinstance(settings, EDMSettings) else karras_sigmas
-    sigmas = schedule(settings.steps).to(x_center[0].device)
+    sigmas = schedule(settings.steps)
     windows = [
         window
         for i, center in enumerate(x_center)
@@ -241,21 +250,21 @@ def trajectory(
         blends: list[_Blend] = []
         for batch in batches:
 
-            def guided_batch(x: Tensor, s: Tensor, scale: Tensor, batch: Sequence[Window] = batch) -> Tensor:
-                return guided(x, s, scale, batch)
+            def guided_batch(x: Tensor, s: Tensor, scale: Tensor, batch: _Batch = batch) -> Tensor:
+                return guided(x, s, scale, batch.filled)
 
             advanced = _advance(
                 guided_batch,
-                [_crop(part, batch) for part in state],
-                _crop(x_center, batch),
-                _crop(eps, batch),
+                [_crop(part, batch.filled) for part in state],
+                _crop(x_center, batch.filled),
+                _crop(eps, batch.filled),
                 sigmas,
                 step,
                 settings,
             )
             blends = blends or [_Blend(state[0]) for _ in advanced]
             for blend, part in zip(blends, advanced, strict=True):
-                blend.add(part, batch)
+                blend.add(part[: len(batch.windows)], batch.windows)
         state = [blend.result() for blend in blends]
         yield state[0]
 
@@ -284,8 +293,8 @@ def _draws_noise(settings: SamplerSettings, step: int) -> bool:
     return settings.eta > 0 and 0 < step < settings.steps - 1
 
 
-def _crop(latents: Sequence[Tensor], batch: Sequence[Window]) -> Tensor:
-    return torch.stack([window.crop(latents[window.item]) for window in batch])
+def _crop(latents: Sequence[Tensor], windows: Sequence[Window]) -> Tensor:
+    return torch.stack([window.crop(latents[window.item]) for window in windows])
 
 
 class _Blend:
@@ -295,9 +304,9 @@ class _Blend:
         self._sum = [torch.zeros_like(latent) for latent in like]
         self._weight = [torch.zeros_like(latent[:1]) for latent in like]
 
-    def add(self, values: Tensor, batch: Sequence[Window]) -> None:
-        weight = window_weights(batch[0].height, batch[0].width).to(values)
-        for window, value in zip(batch, values, strict=True):
+    def add(self, values: Tensor, windows: Sequence[Window]) -> None:
+        weight = _weights_on(windows[0].height, windows[0].width, values.device)
+        for window, value in zip(windows, values, strict=True):
             window.crop(self._sum[window.item]).add_(weight * value)
             window.crop(self._weight[window.item]).add_(weight)
 
@@ -305,9 +314,27 @@ class _Blend:
         return [total / weight for total, weight in zip(self._sum, self._weight, strict=True)]
 
 
-def _batches(windows: Sequence[Window], size: int) -> list[list[Window]]:
+@cache
+def _weights_on(height: int, width: int, device: torch.device) -> Tensor:
+    return window_weights(height, width).to(device, torch.float32)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Windows of one shape, at most ``size``."""
+
+    windows: tuple[Window, ...]
+    size: int
+
+    @property
+    def filled(self) -> tuple[Window, ...]:
+        """As many as ``size``: the last one again and again."""
+        return self.windows + self.windows[-1:] * (self.size - len(self.windows))
+
+
+def _batches(windows: Sequence[Window], size: int) -> list[_Batch]:
     """Windows of equal shape together, at most ``size`` at a time, in order."""
     by_shape: dict[tuple[int, int], list[Window]] = {}
     for window in windows:
         by_shape.setdefault((window.height, window.width), []).append(window)
-    return [group[i : i + size] for group in by_shape.values() for i in range(0, len(group), size)]
+    return [_Batch(tuple(group[i : i + size]), size) for group in by_shape.values() for i in range(0, len(group), size)]

@@ -13,6 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from supir_model.attention import KeysValues, read_text_once
 from supir_model.config import ControlConfig, UNetConfig
 from supir_model.zero_sft import ZeroCrossAttn, ZeroSFT
 
@@ -46,7 +47,7 @@ def embed(net: UNet2DConditionModel, timestep: Tensor, vector: Tensor, dtype: to
     return torch.add(net.time_embedding(sinusoid), net.add_embedding(vector.to(dtype)))
 
 
-def encode_down(net: UNet2DConditionModel, h: Tensor, emb: Tensor, context: Tensor) -> list[Tensor]:
+def encode_down(net: UNet2DConditionModel, h: Tensor, emb: Tensor, context: Tensor | KeysValues) -> list[Tensor]:
     """The encoder half from the output of ``conv_in`` on: every skip connection, finest first, ``h`` included."""
     skips = [h]
     for block in net.down_blocks:
@@ -73,21 +74,23 @@ class ControlledUNet(nn.Module):
         super().__init__()
         self.config = config
         self.base = build_sdxl_unet(config, config.transformer_depth)
+        read_text_once(self.base)
         self.connectors = nn.ModuleList(_connectors(config, control))
 
     def forward(
         self,
         x: Tensor,
         timestep: Tensor,
-        context: Tensor,
+        context: Tensor | KeysValues,
         vector: Tensor,
         control: Sequence[Tensor],
         control_scale: Tensor,
     ) -> Tensor:
         """Network output F [B, C, h, w].
 
-        x: [B, C, h, w] scaled noisy latent; timestep: [B] int64; context: [B, L, context_dim]; vector:
-        [B, vector_dim]; control: features of ``ControlEncoder``, skips then middle; control_scale: [B, 1, 1, 1].
+        x: [B, C, h, w] scaled noisy latent; timestep: [B] int64; context: [B, L, context_dim], or what
+        ``project_text`` makes of it for ``base``; vector: [B, vector_dim]; control: features of ``ControlEncoder``,
+        skips then middle; control_scale: [B, 1, 1, 1].
         """
         base = self.base
         emb = embed(base, timestep, vector, x.dtype)

@@ -218,7 +218,7 @@ from supir_batch.settings import load_manifest
 
 class Slow:
     def __init__(self):
-        self.device = str(os.getpid())
+        self.device, self.execution = str(os.getpid()), ""
 
     def restore(self, tickets, tiles):
         time.sleep(2)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.errors import EngineError, ImageError, StoreError, TransientStoreError
@@ -23,6 +24,7 @@ SOURCE = Source("a", "s3://archive/a.tif", "list.csv:12", "a.tif", "v1", 10)
         (TransientStoreError("slow down"), "store", True),
         (EngineError("no weights"), "engine", False),
         (MemoryError(), "out-of-memory", False),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out-of-memory", False),
         (ZeroDivisionError("division by zero"), "internal", False),
     ],
 )

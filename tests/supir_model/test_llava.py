@@ -110,6 +110,15 @@ def test_quantization_says_what_it_lacks(tiny_llava: Path, quantization: str) ->
         LlavaCaptioner.load(str(tiny_llava), options=options, device="cpu")
 
 
+def test_a_captioner_that_does_not_fit_says_what_to_set(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.nn.Module, "to", too_much)
+    with pytest.raises(WeightsError, match=r"does not fit into the memory of cpu; set its quantization to '8bit'"):
+        load(tiny_llava, GREEDY)
+
+
 def test_the_identity_follows_the_files_not_their_folder(tiny_llava: Path, tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere"
     shutil.copytree(tiny_llava, copy)

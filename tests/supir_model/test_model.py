@@ -12,7 +12,8 @@ from supir_model import model as model_module
 from supir_model import weights
 from supir_model.config import TINY, TINY_WEIGHTS, Precision
 from supir_model.errors import RequestError, WeightsError
-from supir_model.model import FirstStage, Request, Sampling, SupirModel
+from supir_model.first_stage import FirstStage
+from supir_model.model import Request, Sampling, SupirModel
 from supir_model.sampler import EDMSettings, Guided, Noise, SamplerSettings, Window, sample
 
 QUICK = Sampling(EDMSettings(steps=2, restoration_tau=4.0, churn=5.0, window=16, stride=8), 1.0, 2.0, "wavelet")
@@ -69,13 +70,15 @@ def test_half_precision_stays_inside_the_networks(
     }
     seen: set[torch.dtype] = set()
 
-    def recording(guided: Guided, center: Sequence[torch.Tensor], noise: Noise, settings: SamplerSettings) -> object:
+    def recording(
+        guided: Guided, center: Sequence[torch.Tensor], noise: Noise, settings: SamplerSettings, window_batch: int
+    ) -> object:
         def watched(x: torch.Tensor, sigma: torch.Tensor, scale: torch.Tensor, windows: Sequence[Window]) -> object:
             out = guided(x, sigma, scale, windows)
             seen.update(t.dtype for t in (x, sigma, scale, out, *center, noise(0, 0)))
             return out
 
-        return sample(watched, center, noise, settings)  # type: ignore[arg-type]
+        return sample(watched, center, noise, settings, window_batch)  # type: ignore[arg-type]
 
     request = Request(picture(40, 56), "a photograph", "blurry", seed=1)
     exact = model.restore([request], QUICK)[0]

@@ -1,0 +1,122 @@
+"""The compiled networks on the CPU: the same program, through another backend."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from supir_model.compiled import CompiledNetworks
+from supir_model.config import TINY
+from supir_model.memory import Rung
+from supir_model.model import Request, Sampling, SupirModel
+from supir_model.networks import Conditioning, Networks
+from supir_model.sampler import EDMSettings
+
+SAMPLING = Sampling(EDMSettings(2, restoration_tau=1.0, churn=2.0, window=16, stride=8), 1.5, 2.0, "wavelet")
+CPU = torch.device("cpu")
+
+# torch's own modules for compiling use what torch deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def networks() -> Networks:
+    torch.manual_seed(0)
+    networks = Networks(TINY)
+    networks.text.fill_positions()
+    with torch.no_grad():
+        for parameter in networks.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return networks
+
+
+def requests() -> list[Request]:
+    generator = torch.Generator().manual_seed(0)
+    return [Request(torch.rand(3, 72, side, generator=generator) * 2 - 1, "p", "blurry", side) for side in (80, 40)]
+
+
+def test_full_windows_run_compiled_in_one_program_and_give_the_same(networks: Networks) -> None:
+    """One graph without a break, compiled once for all steps; the narrow image's windows run as they are."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    plain = SupirModel(networks, TINY, CPU, rungs=[Rung(2)])
+    model = SupirModel(networks, TINY, CPU, rungs=[Rung(2)], backend=backend)
+    for ours, wanted in zip(model.restore(requests(), SAMPLING), plain.restore(requests(), SAMPLING), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
+    assert len(graphs) == 1
+    assert model.execution == "window batch 2, compiled"
+    with model.in_float32():
+        model.restore(requests(), SAMPLING)
+        assert model.execution == "window batch 2"
+
+
+def test_what_cannot_be_compiled_runs_all_the_same_and_says_so(networks: Networks) -> None:
+    def broken(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        raise RuntimeError("no C++ compiler found")
+
+    model = SupirModel(networks, TINY, CPU, rungs=[Rung(2)], backend=broken)
+    plain = SupirModel(networks, TINY, CPU, rungs=[Rung(2)])
+    for ours, wanted in zip(model.restore(requests(), SAMPLING), plain.restore(requests(), SAMPLING), strict=True):
+        assert torch.equal(ours, wanted)
+    assert model.execution == "window batch 2, not compiled (RuntimeError: no C++ compiler found)"
+
+
+def test_memory_that_runs_out_while_compiling_is_a_matter_of_the_ladder(networks: Networks) -> None:
+    def greedy(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    x = torch.zeros(1, 8, 16, 16)
+    told = Conditioning(torch.zeros(1, 48, 128), torch.zeros(1, 128), x)
+    with pytest.raises(torch.OutOfMemoryError):
+        CompiledNetworks(networks, greedy)(x, torch.zeros(1, dtype=torch.int64), torch.ones(1, 1, 1, 1), told)
+
+
+_COMPILE = """
+from dataclasses import replace
+
+import torch
+from torch._dynamo.utils import counters
+from supir_model.compiled import CompiledNetworks
+from supir_model.config import TINY, ControlConfig, UNetConfig
+from supir_model.networks import Conditioning, Networks
+
+unet = UNetConfig(4, (16, 16), 1, (0, 1), 16, context_dim=8, vector_dim=8, norm_groups=8)
+control = ControlConfig((0, 1), hidden=8, norm_groups=8, attention_head_dim=16, attention_levels=())
+networks = Networks(replace(TINY, unet=unet, control=control)).eval().requires_grad_(False)
+x = torch.zeros(1, 4, 4, 4)
+told = Conditioning(torch.zeros(1, 4, 8), torch.zeros(1, 8), x)
+arguments = (x, torch.zeros(1, dtype=torch.int64), torch.ones(1, 1, 1, 1), told)
+with torch.inference_mode():
+    compiled = CompiledNetworks(networks)
+    torch.testing.assert_close(compiled(*arguments), networks(*arguments), rtol=0, atol=1e-4)
+print(compiled.state, counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_the_next_process_finds_what_was_compiled(tmp_path: Path) -> None:
+    """Through inductor, as on a GPU, with the cache in the folder that the user's cache has."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+
+    def hits() -> int:
+        command = [sys.executable, "-c", _COMPILE]
+        ran = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+        assert ran.returncode == 0, ran.stderr
+        state, count = ran.stdout.split()
+        assert state == "compiled"
+        return int(count)
+
+    assert hits() == 0
+    assert any((tmp_path / "supir-batch" / "compiled").iterdir())
+    assert hits() > 0
