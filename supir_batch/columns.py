@@ -151,8 +151,8 @@ MEANINGS = {
     "device": "what the engine ran on",
     "execution": (
         "how the engine worked: windows that the networks saw at once, parts of the VAE, whether compiled, and with "
-        "what it ran out of memory on the way; decides rounding alone. Of a cut image, all ways of its tiles, separated by "
-        "<code>&#124;</code>"
+        "what it ran out of memory on the way; decides rounding alone. Of a cut image, all ways of its tiles, "
+        "separated by <code>&#124;</code>"
     ),
     "version_supir_batch": "version of supir-batch",
     "version_torch": "installed version; null: not installed",
