@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -111,6 +111,7 @@ def machine(setup: Setup) -> dict[str, Any]:
         here |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
     else:
         here |= {"device": f"CPU, {torch.get_num_threads()} threads, {_processor()}", "load": load()}
+        here |= {"seconds": "of processor time, but for load and stream"}
     packages = ("torch", "diffusers", "transformers")
     here |= {package: importlib.metadata.version(package) for package in packages}
     here |= {"python": platform.python_version(), "supir_batch": supir_batch.__version__, "commit": _commit()}
@@ -338,7 +339,10 @@ def _inputs(config: ModelConfig, rows: int, height: int, width: int) -> tuple[Te
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, least: float = 0.5) -> float:
-    """Median seconds of one call, repeated for at least ``least`` seconds after a first one that does not count."""
+    """Median seconds of one call, repeated for at least ``least`` seconds after a first one that does not count.
+
+    Of a CPU, which others use as well, it is the time of this process on its cores.
+    """
     call()
     synchronize(device)
 
@@ -346,7 +350,9 @@ def seconds_of(call: Callable[[], object], device: torch.device, least: float = 
         call()
         synchronize(device)
 
-    timer = Timer("complete()", globals={"complete": complete}, num_threads=torch.get_num_threads())
+    timer = Timer(
+        "complete()", globals={"complete": complete}, timer=_clock(device), num_threads=torch.get_num_threads()
+    )
     return float(timer.blocked_autorange(min_run_time=least).median)
 
 
@@ -360,12 +366,18 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, side: int | None = Non
 
 
 def once(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, with all that it put on the device."""
+    """Seconds of one call, with all that it put on the device; for a CPU processor time, as above."""
     synchronize(device)
-    started = perf_counter()
+    clock = _clock(device)
+    started = clock()
     call()
     synchronize(device)
-    return perf_counter() - started
+    return clock() - started
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """Wall time for a card; for a CPU, which others use as well, the time of this process on its cores."""
+    return perf_counter if device.type == "cuda" else process_time
 
 
 def synchronize(device: torch.device) -> None:
