@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -193,10 +194,12 @@ class SupirModel:
 
     def first_stage(self, image: Tensor) -> Tensor:
         """What the robust encoder sees behind a degraded image: [3, H, W] to [3, H, W], both in [-1, 1]."""
+        self._placement.need("vae", alone=self.ladder.rung.offload)
         return self._first.see(image)
 
     def encode_decode(self, image: Tensor) -> Tensor:
         """What the autoencoder keeps of a clean image: [3, H, W] to [3, H, W], both in [-1, 1]."""
+        self._placement.need("vae", alone=self.ladder.rung.offload)
         return self._first.encode_decode(image)
 
     @torch.inference_mode()
@@ -216,7 +219,8 @@ class SupirModel:
     @property
     def execution(self) -> str:
         """How the last call of ``restore`` worked, and with what it ran out of memory on the way."""
-        how = [str(self.ladder.rung), *([] if self._compiled is None else [self._compiled.state])]
+        rung = self.ladder.rung
+        how = [str(rung), *([] if self._compiled is None or rung.offload else [self._compiled.state])]
         return "; ".join([", ".join(how), *(f"memory ran out with {rung}" for rung in self.ladder.left)])
 
     @torch.inference_mode()
@@ -252,13 +256,14 @@ class SupirModel:
         The results of one round are decoded while the next is sampled.
         """
         together: list[Request] = []
-        windows = 0
+        shapes: Counter[tuple[int, int]] = Counter()
         for request in requests:
             together.append(request)
-            windows += len(windows_of(0, *self._latent_size(request), settings.window, settings.stride))
-            if windows % self.ladder.rung.window_batch == 0:
+            windows = windows_of(0, *self._latent_size(request), settings.window, settings.stride)
+            shapes[windows[0].height, windows[0].width] += len(windows)
+            if not any(count % self.ladder.rung.window_batch for count in shapes.values()):
                 yield together
-                together, windows = [], 0
+                together, shapes = [], Counter()
         if together:
             yield together
 

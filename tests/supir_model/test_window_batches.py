@@ -123,6 +123,8 @@ def test_rounds_end_where_batches_are_full(supir: SupirModel) -> None:
     steps = []
     watch = supir.networks.register_forward_pre_hook(lambda module, inputs: steps.append(len(inputs[0])))
     with window_batch(supir, 2):
+        rounds = supir._rounds([request(64, side, 0) for side in (64, 40, 64, 40, 64, 64, 64)], SAMPLING.sampler)
+        assert [len(together) for together in rounds] == [4, 2, 1]
         supir.restore([request(64, 64, seed) for seed in range(5)], SAMPLING)
     watch.remove()
     assert len(steps) == SAMPLING.sampler.steps * 3
