@@ -32,10 +32,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import supir_batch
 from supir_batch.bookkeeping import peak_memory_bytes
+from supir_model.attention import fuse_projections
+from supir_model.compiled import CompiledNetworks
 from supir_model.config import V0F, ControlConfig, ModelConfig, Precision, TowerConfig, UNetConfig, VAEConfig
+from supir_model.first_stage import FirstStage, autocast
 from supir_model.folder import FORMAT, VOCABULARY, Description
 from supir_model.loading import FORMATS
-from supir_model.model import FirstStage, Request, Sampling, SupirModel, autocast
+from supir_model.memory import Rung
+from supir_model.model import Request, Sampling, SupirModel
 from supir_model.networks import Conditioning, Networks, build_on_meta
 from supir_model.sampler import windows_of
 from supir_model.text import SDXLTextEncoder, read_words
@@ -153,9 +157,18 @@ def _commit() -> str | None:
 # --- the engine ------------------------------------------------------------------------------------------------------
 
 
-def build(setup: Setup) -> SupirModel:
-    """The model, its weights drawn on the device."""
-    return SupirModel(draw_networks(setup, setup.precision), setup.config, setup.device, setup.precision)
+def build(setup: Setup, window_batch: int = 1) -> SupirModel:
+    """The model as ``SupirModel.load`` would make it, its weights drawn on the device.
+
+    window_batch: windows that the networks see at once; fewer are filled up to it.
+    """
+    networks = draw_networks(setup, setup.precision)
+    on_card = setup.device.type == "cuda"
+    if on_card:
+        fuse_projections(networks.control)
+        fuse_projections(networks.unet)
+    backend = "inductor" if on_card else None
+    return SupirModel(networks, setup.config, setup.device, setup.precision, (Rung(window_batch),), backend)
 
 
 def draw_networks(setup: Setup, precision: Precision) -> Networks:
@@ -198,13 +211,13 @@ def write_vocabulary(folder: Path) -> None:
     (folder / merges).write_text("#version: 0.2\n")
 
 
-def write_model(model: SupirModel, folder: Path) -> None:
-    """The model as a folder that ``SupirModel.load`` reads; weights in float16, as large archives keep them."""
+def write_model(networks: Networks, folder: Path) -> None:
+    """Networks as a folder that ``SupirModel.load`` reads; weights in float16, as large archives keep them."""
     from supir_model.convert import write  # noqa: PLC0415  (only where weights are written)
 
     with TemporaryDirectory() as tokenizer:
         write_vocabulary(Path(tokenizer))
-        write(model.networks, Description(FORMAT, model.config, ()), folder, "float16", Path(tokenizer))
+        write(networks, Description(FORMAT, networks.config, ()), folder, "float16", Path(tokenizer))
 
 
 def picture(height: int, width: int, seed: int = 0) -> Tensor:
@@ -235,12 +248,15 @@ def network_call(model: SupirModel, setup: Setup, rows: int) -> Callable[[], Ten
     x = normal(*size).contiguous(memory_format=torch.channels_last)
     timestep, scale = torch.full((rows,), 500, device=device), torch.ones(rows, 1, 1, 1, device=device)
     context = normal(rows, config.text.length, config.unet.context_dim)
-    conditioning = Conditioning(context, normal(rows, config.unet.vector_dim), normal(*size))
+    with torch.inference_mode(), autocast(device, setup.dtype):
+        projected = model.networks.project(context)  # once for all steps
+    conditioning = Conditioning(projected, normal(rows, config.unet.vector_dim), normal(*size))
+    networks = CompiledNetworks(model.networks) if device.type == "cuda" else model.networks
 
     @torch.inference_mode()
     def call() -> Tensor:
         with autocast(device, setup.dtype):
-            out: Tensor = model.networks(x, timestep, scale, conditioning)
+            out: Tensor = networks(x, timestep, scale, conditioning)
         return out
 
     return call

@@ -21,7 +21,7 @@ import gc
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -58,8 +58,8 @@ from torch import Tensor
 from supir_model.color import fix_color
 from supir_model.config import Precision
 from supir_model.denoiser import denoise, guide, legacy_sigmas, linear_cfg
+from supir_model.first_stage import autocast
 from supir_model.loading import FORMATS
-from supir_model.model import autocast
 from supir_model.networks import Conditioning, Networks
 from supir_model.sampler import window_weights, windows_of
 from supir_model.unet import build_sdxl_unet
@@ -83,10 +83,10 @@ def main() -> None:
     side, steps = setup.scaled(given.size), given.steps or (50 if setup.full else 5)
     matmul = matmul_rate(setup.device, setup.dtype)
     rows: list[dict[str, Any]] = []
-    for kind in (_engine, _eager, _diffusers):
-        peers = kind(setup, side, steps, given.together)
-        rows += [_measure(peer, setup, steps, given.turns, matmul) for peer in peers]
-        del peers
+    kinds = [(_engine, count) for count in given.together] + [(_eager, 1)]
+    kinds += [(_diffusers, count) for count in given.together]
+    for kind, count in kinds:
+        rows.append(_measure(kind(setup, side, steps, count), setup, steps, given.turns, matmul))
         gc.collect()  # one after the other: not every card holds all of them
         if setup.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -134,18 +134,16 @@ def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # --- the engine ------------------------------------------------------------------------------------------------------
 
 
-def _engine(setup: Setup, side: int, steps: int, together: list[int]) -> Iterator[Peer]:
-    model = build(setup)
-    arithmetic = image_flops(setup.config, side, side, steps)
-    for count in together:
-        images = [picture(side, side, seed) for seed in range(count)]
-        yield "engine", count, arithmetic, partial(restore, model, images)
+def _engine(setup: Setup, side: int, steps: int, together: int) -> Peer:
+    model = build(setup, together)
+    images = [picture(side, side, seed) for seed in range(together)]
+    return "engine", together, image_flops(setup.config, side, side, steps), partial(restore, model, images)
 
 
 # --- a plain loop ----------------------------------------------------------------------------------------------------
 
 
-def _eager(setup: Setup, side: int, steps: int, together: list[int]) -> Iterator[Peer]:
+def _eager(setup: Setup, side: int, steps: int, together: int) -> Peer:
     networks = draw_networks(setup, "float32")
     factor, generator = setup.config.vae.factor, torch.Generator(setup.device).manual_seed(0)
     size = (1, setup.config.vae.latent_channels, side // factor, side // factor)
@@ -158,7 +156,7 @@ def _eager(setup: Setup, side: int, steps: int, together: list[int]) -> Iterator
     def call(steps: int) -> Tensor:
         return eager_loop(networks, image.to(setup.device), PROMPT, steps, noise, precision).cpu()
 
-    yield "eager", 1, image_flops(setup.config, side, side, steps), call
+    return "eager", together, image_flops(setup.config, side, side, steps), call
 
 
 @torch.inference_mode()
@@ -215,41 +213,40 @@ def eager_loop(
 # --- diffusers -------------------------------------------------------------------------------------------------------
 
 
-def _diffusers(setup: Setup, side: int, steps: int, together: list[int]) -> Iterator[Peer]:
+def _diffusers(setup: Setup, side: int, steps: int, together: int) -> Peer:
     pipeline = _sdxl_on_meta(setup)
     arithmetic = _sdxl_flops(pipeline, setup, side, steps)
     for network in (pipeline.unet, pipeline.controlnet, pipeline.vae):
         draw(network, lambda name, like: setup.dtype, setup.device)
         network.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
-    text, guidance = setup.config.text, setup.config.presets["fidelity"].cfg_end
     generator = torch.Generator(setup.device).manual_seed(0)
-    for count in together:
 
-        def normal(*shape: int, count: int = count) -> Tensor:
-            return torch.randn(count, *shape, generator=generator, device=setup.device, dtype=setup.dtype)
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(together, *shape, generator=generator, device=setup.device, dtype=setup.dtype)
 
-        context, pooled = (text.length, setup.config.unet.context_dim), (text.towers[-1].projection,)
-        embeddings = {
-            "prompt_embeds": normal(*context),
-            "negative_prompt_embeds": normal(*context),
-            "pooled_prompt_embeds": normal(*pooled),
-            "negative_pooled_prompt_embeds": normal(*pooled),
-        }
-        hints = torch.stack([(picture(side, side, seed) + 1) / 2 for seed in range(count)])
+    text = setup.config.text
+    context, pooled = (text.length, setup.config.unet.context_dim), (text.towers[-1].projection,)
+    embeddings = {
+        "prompt_embeds": normal(*context),
+        "negative_prompt_embeds": normal(*context),
+        "pooled_prompt_embeds": normal(*pooled),
+        "negative_pooled_prompt_embeds": normal(*pooled),
+    }
+    hints = torch.stack([(picture(side, side, seed) + 1) / 2 for seed in range(together)])
 
-        def call(steps: int, hints: Tensor = hints, embeddings: dict[str, Tensor] = embeddings) -> Tensor:
-            found: Tensor = pipeline(
-                image=hints,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=generator,
-                output_type="pt",
-                **embeddings,
-            ).images.cpu()
-            return found
+    def call(steps: int) -> Tensor:
+        found: Tensor = pipeline(
+            image=hints,
+            num_inference_steps=steps,
+            guidance_scale=setup.config.presets["fidelity"].cfg_end,
+            generator=generator,
+            output_type="pt",
+            **embeddings,
+        ).images.cpu()
+        return found
 
-        yield "diffusers", count, arithmetic, call
+    return "diffusers", together, arithmetic, call
 
 
 def _sdxl_on_meta(setup: Setup) -> StableDiffusionXLControlNetPipeline:

@@ -54,7 +54,7 @@ def test_random_weights_give_images_that_differ(setup: gpu.Setup, model: SupirMo
 
 
 def test_a_written_model_is_the_model(setup: gpu.Setup, model: SupirModel, tmp_path: Path) -> None:
-    gpu.write_model(model, tmp_path / "model")
+    gpu.write_model(model.networks, tmp_path / "model")
     loaded = SupirModel.load(tmp_path / "model", "cpu")
     assert loaded.config == model.config
     wanted = model.networks.state_dict()

@@ -48,8 +48,7 @@ def test_all_three_are_measured(run: Run) -> None:
 @_numpy_2
 def test_diffusers_is_counted_as_it_is_computed() -> None:
     setup = gpu.setup_of(gpu.arguments(None).parse_args(["--width", "reduced", "--device", "cpu"]))
-    (peer,) = vs_peers._diffusers(setup, 64, 2, [1])
-    _, _, counted, call = peer
+    _, _, counted, call = vs_peers._diffusers(setup, 64, 2, 1)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the fused one of CPUs is not counted
         assert gpu.flops(lambda: call(2)) == counted
 
