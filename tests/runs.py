@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow.dataset as ds
 import pyvips
 
+from supir_batch.plan import OWN_FOLDERS
+
 COMMAND = [sys.executable, "-m", "supir_batch"]
 
 
@@ -45,10 +47,11 @@ def log_rows(output: Path) -> list[dict[str, object]]:
 
 
 def images(output: Path) -> dict[str, bytes]:
+    found = {path.relative_to(output): path for path in sorted(output.rglob("*")) if path.is_file()}
     return {
-        str(path.relative_to(output)): path.read_bytes()
-        for path in sorted(output.rglob("*"))
-        if path.suffix in {".png", ".jpg", ".tif"} and path.is_file()
+        str(name): path.read_bytes()
+        for name, path in found.items()
+        if path.suffix in {".png", ".jpg", ".tif"} and name.parts[0] not in OWN_FOLDERS
     }
 
 

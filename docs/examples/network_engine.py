@@ -17,6 +17,8 @@ from supir_batch.settings import load_manifest, settings_hash
 class NetworkEngine:
     """Takes [1, 3, H, W] of any size to the same; values in [0, 1]."""
 
+    execution = ""  # what else the log is to say of how it worked
+
     def __init__(self, path, device):
         self.device = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
         self.network = torch.export.load(path).module().to(self.device)
