@@ -59,7 +59,7 @@ def test_a_first_signal_lets_what_is_on_its_way_finish(archive: Path, number: si
     out = archive.parent / "out"
     process = started(archive)
     os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 4, stderr
     summary = json.loads(stdout)
     assert summary["stopped_because"] == f"{number.name} was received"

@@ -144,7 +144,7 @@ def test_of_two_rows_of_one_image_the_later_is_true_and_one_counts(
     written = pa.Table.from_pylist([row, early, row], schema=runlog.SCHEMA)
     rows = SimpleNamespace(iter_batches=lambda **_: [written])
 
-    def stream(jobs: list[Any], runtime: Any, listener: Any, run_id: str, stop: driver.Stop) -> None:
+    def stream(jobs: list[Any], runtime: Any, listener: Any, run_id: str, stop: driver.Stop, load: Any) -> None:
         pipeline._collect(rows, SimpleNamespace(retire=print), {}, listener.on_row)  # type: ignore[arg-type]
 
     monkeypatch.setattr(pipeline, "run", stream)
