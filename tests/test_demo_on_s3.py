@@ -99,7 +99,7 @@ def test_the_demo_runs_on_s3(s3: str, local_demo: Path, tmp_path: Path, engine: 
     bagit.Bag(str(tmp_path / "bag")).validate()
     assert store.exists(f"{home}/restored/_iiif/collection.json")
 
-    store.delete(next(found.uri for found in store.list_tree(f"{home}/restored") if found.uri.endswith(".png")))
+    store.delete(f"{home}/restored" + next(name for name in ours(f"{home}/restored") if name.endswith(".png")))
     assert command("verify", f"{home}/restored").returncode == 6
     third = command("run", f"{home}/demo.yaml", "--json")
     assert json.loads(third.stdout)["done"] == 1
