@@ -95,7 +95,7 @@ def test_killed_driver_then_the_same_command_does_every_image_once(folder: Path)
     process = subprocess.Popen(
         [*COMMAND, "run", str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # a busy machine is no failure
     while len(images(out) if out.exists() else ()) < count // 3:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, "no output appeared"

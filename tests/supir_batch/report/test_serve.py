@@ -29,8 +29,9 @@ def address(output: Path) -> Iterator[str]:
     assert line.startswith("http://127.0.0.1:"), server.communicate()
     yield line
     server.send_signal(signal.SIGINT)
-    _, said = server.communicate(timeout=20)
-    assert server.returncode == 130, said
+    _, said = server.communicate(timeout=60)
+    # 0 where whoever started the tests has them ignore the signal, as shells do for what they run in the background
+    assert server.returncode == (0 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else 130), said
     assert urlsplit(line).path.strip("/") not in said  # the token is in no log
     assert "Traceback" not in said
 
