@@ -30,9 +30,12 @@ _FLAGS = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    """The system's Chromium, without a window."""
+    """The system's Chromium, without a window.
+
+    Closed behind each file: while it is open an event loop runs, and a test elsewhere could not run its own.
+    """
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("Chromium is not installed, so nobody has looked at the report; install Debian's chromium")
