@@ -1,4 +1,4 @@
-"""Options of the whole suite."""
+"""What all tests share: options, servers, models."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.servers.swift import S3Server, swift_server
 
@@ -33,6 +34,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--parity-table", type=Path, metavar="FILE", help="write the largest measured differences as a Markdown table"
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The tensors of the tests are small: threads would only wait for each other, long where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +73,6 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a LLaVA of random weights (CLIP vision, Llama text, 0.6 MB) in the layout of llava-hf."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessorPil,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
+from supir_model.config import TINY
+from supir_model.networks import Networks
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tensors are small: threads would only wait for each other, long where the processor is shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+
+@pytest.fixture(scope="module")
+def networks() -> Networks:
+    """Tiny networks of random weights, none of them zero: what starts at zero would hide a mistake."""
+    torch.manual_seed(0)
+    networks = Networks(TINY)
+    networks.text.fill_positions()
+    with torch.no_grad():
+        for parameter in networks.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return networks

@@ -24,14 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
-def networks() -> Networks:
-    torch.manual_seed(0)
-    networks = Networks(TINY)
-    networks.text.fill_positions()
-    with torch.no_grad():
-        for parameter in networks.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    fuse_projections(networks.control)  # as on CUDA
+def fused(networks: Networks) -> Networks:
+    """As on CUDA."""
+    fuse_projections(networks.control)
     fuse_projections(networks.unet)
     return networks
 
@@ -41,7 +36,7 @@ def requests() -> list[Request]:
     return [Request(torch.rand(3, 72, side, generator=generator) * 2 - 1, "p", "blurry", side) for side in (80, 40)]
 
 
-def test_full_windows_run_compiled_in_one_program_and_give_the_same(networks: Networks) -> None:
+def test_full_windows_run_compiled_in_one_program_and_give_the_same(fused: Networks) -> None:
     """One graph without a break, compiled once for all steps; the narrow image's windows run as they are."""
     graphs: list[torch.fx.GraphModule] = []
 
@@ -49,8 +44,8 @@ def test_full_windows_run_compiled_in_one_program_and_give_the_same(networks: Ne
         graphs.append(graph)
         return graph.forward
 
-    plain = SupirModel(networks, TINY, CPU, rungs=[Rung(2)])
-    model = SupirModel(networks, TINY, CPU, rungs=[Rung(2)], backend=backend)
+    plain = SupirModel(fused, TINY, CPU, rungs=[Rung(2)])
+    model = SupirModel(fused, TINY, CPU, rungs=[Rung(2)], backend=backend)
     for ours, wanted in zip(model.restore(requests(), SAMPLING), plain.restore(requests(), SAMPLING), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
     assert len(graphs) == 1
@@ -60,37 +55,37 @@ def test_full_windows_run_compiled_in_one_program_and_give_the_same(networks: Ne
         assert model.execution == "window batch 2"
 
 
-def test_what_cannot_be_compiled_runs_all_the_same_and_says_so(networks: Networks) -> None:
+def test_what_cannot_be_compiled_runs_all_the_same_and_says_so(fused: Networks) -> None:
     def broken(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
         raise RuntimeError("no C++ compiler found")
 
-    model = SupirModel(networks, TINY, CPU, rungs=[Rung(2)], backend=broken)
-    plain = SupirModel(networks, TINY, CPU, rungs=[Rung(2)])
+    model = SupirModel(fused, TINY, CPU, rungs=[Rung(2)], backend=broken)
+    plain = SupirModel(fused, TINY, CPU, rungs=[Rung(2)])
     for ours, wanted in zip(model.restore(requests(), SAMPLING), plain.restore(requests(), SAMPLING), strict=True):
         assert torch.equal(ours, wanted)
     assert model.execution == "window batch 2, not compiled (RuntimeError: no C++ compiler found)"
 
 
-def test_memory_that_runs_out_while_compiling_is_a_matter_of_the_ladder(networks: Networks) -> None:
+def test_memory_that_runs_out_while_compiling_is_a_matter_of_the_ladder(fused: Networks) -> None:
     def greedy(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     x = torch.zeros(1, 8, 16, 16)
     told = Conditioning(torch.zeros(1, 48, 128), torch.zeros(1, 128), x)
     with pytest.raises(torch.OutOfMemoryError):
-        CompiledNetworks(networks, greedy)(x, torch.zeros(1, dtype=torch.int64), torch.ones(1, 1, 1, 1), told)
+        CompiledNetworks(fused, greedy)(x, torch.zeros(1, dtype=torch.int64), torch.ones(1, 1, 1, 1), told)
 
 
 def test_what_is_compiled_is_kept_in_the_users_cache_or_where_torch_is_told(
-    networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fused: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # put back afterwards
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    CompiledNetworks(networks)
+    CompiledNetworks(fused)
     assert cache_dir() == str(tmp_path / "supir-batch" / "compiled")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "shared"))
-    CompiledNetworks(networks)
+    CompiledNetworks(fused)
     assert cache_dir() == str(tmp_path / "shared")

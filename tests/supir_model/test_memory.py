@@ -29,17 +29,6 @@ GIB = 2**30
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def networks() -> Networks:
-    torch.manual_seed(0)
-    networks = Networks(TINY)
-    networks.text.fill_positions()
-    with torch.no_grad():
-        for parameter in networks.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return networks
-
-
 def requests(count: int = 3) -> list[Request]:
     generator = torch.Generator().manual_seed(0)
     return [Request(torch.rand(3, 72, 80, generator=generator) * 2 - 1, f"p {i}", "blurry", i) for i in range(count)]

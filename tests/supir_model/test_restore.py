@@ -22,13 +22,7 @@ SIZES = [(70, 93), (33, 20), (64, 64), (1, 5)]
 
 
 @pytest.fixture(scope="module")
-def supir() -> SupirModel:
-    torch.manual_seed(0)
-    networks = Networks(TINY)
-    networks.text.fill_positions()
-    with torch.no_grad():
-        for parameter in networks.parameters():  # what starts at zero would hide a mistake
-            parameter.add_(0.02 * torch.randn_like(parameter))
+def supir(networks: Networks) -> SupirModel:
     return SupirModel(networks, TINY, torch.device("cpu"))
 
 

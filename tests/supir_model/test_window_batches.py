@@ -23,17 +23,6 @@ ROUNDING = 2e-4  # between batch sizes, of a range of 2; measured on these weigh
 
 
 @pytest.fixture(scope="module")
-def networks() -> Networks:
-    torch.manual_seed(0)
-    networks = Networks(TINY)
-    networks.text.fill_positions()
-    with torch.no_grad():
-        for parameter in networks.parameters():  # what starts at zero would hide a mistake
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return networks
-
-
-@pytest.fixture(scope="module")
 def supir(networks: Networks) -> SupirModel:
     return SupirModel(networks, TINY, torch.device("cpu"))
 
