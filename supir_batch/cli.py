@@ -457,10 +457,9 @@ def show_config(
 def report(output: OutputArgument, debug: DebugOption = False) -> None:
     """Build the report of an output, before and after, with scores and decisions, and print where it is."""
     with _errors(debug):
-        from supir_batch import audit
         from supir_batch.report.build import build_report
 
-        typer.echo(build_report(_output_uri(output), audit.maps))
+        typer.echo(build_report(_output_uri(output)))
 
 
 @app.command()
@@ -472,12 +471,11 @@ def serve(
 ) -> None:
     """Build the report of an output, serve it, and save decisions as they are made. Prints the address to open."""
     with _errors(debug):
-        from supir_batch import audit
         from supir_batch.report import serve as server
         from supir_batch.report.build import build_report
 
         uri = _output_uri(output)
-        build_report(uri, audit.maps)
+        build_report(uri)
         server.serve(uri, host, port, server.new_token(), typer.echo)
 
 

@@ -19,7 +19,7 @@ import math
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import islice
@@ -28,7 +28,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from supir_batch import __version__, review, runlog, store
+from supir_batch import __version__, audit, review, runlog, store
 from supir_batch.plan import REPORT_FOLDER
 from supir_batch.progress import progress
 from supir_batch.report import details
@@ -38,9 +38,6 @@ from supir_batch.settings import manifest_name
 
 PIECE = 200
 """Images whose pages are in one file."""
-
-Overlays = Callable[[str, Mapping[str, Any]], Mapping[str, str]]
-"""Pictures to lay over the restored one: URI by name, for an output folder and a row of its run log."""
 
 _FACETS = {  # columns to filter by, and what they are called
     "setting_engine_name": "Engine",
@@ -59,7 +56,7 @@ _MOST_VALUES = 4  # of a setting that differs between images
 _DIGITS = 5  # of a score
 
 
-def build_report(output_uri: str, overlays: Overlays = lambda output_uri, row: {}) -> str:
+def build_report(output_uri: str) -> str:
     """Write the report of everything the run log below ``output_uri`` knows; returns the page's URI.
 
     Of each image the latest attempt counts. An image that can no longer be read is listed without pictures. Raises
@@ -81,7 +78,7 @@ def build_report(output_uri: str, overlays: Overlays = lambda output_uri, row: {
         def show(row: dict[str, Any]) -> Shown:
             if row["status"] != "done":
                 return Shown()
-            return render(row, lambda: overlays(output_uri, row), store.join(folder, "pictures"), files)
+            return render(row, lambda: audit.maps(output_uri, row), store.join(folder, "pictures"), files)
 
         for number, rows in enumerate(_pieces(_rows(output_uri, newest))):
             shown = []

@@ -15,9 +15,9 @@ import pyvips
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from supir_batch import runlog
+from supir_batch import audit, runlog
 from supir_batch.report.build import build_report
-from supir_batch.types import GateScores, Outcome
+from supir_batch.types import AuditScores, GateScores, Outcome
 from tests.runs import photograph
 
 Restore = Callable[..., Outcome]
@@ -96,26 +96,30 @@ def output(tmp_path: Path, restore: Restore, log: Callable[[Sequence[Outcome]], 
 
 
 def _scored(outcome: Outcome, number: int) -> Outcome:
-    """As if the gate had measured it."""
+    """As if gate and audit had measured it."""
     scores = GateScores(area=1, finite=True, color_drift=0.3 + number / 7, similarity=0.99 - number / 50, dead=0.0)
-    return dataclasses.replace(outcome, ticket=dataclasses.replace(outcome.ticket, scores=scores, again=number == 2))
+    fidelity = AuditScores(
+        psnr=30, ssim=0.9, delta_e=1, delta_e_90=2, sharpness=2, invention=0.1, invented=0.02, spread=None, regions=None
+    )
+    ticket = dataclasses.replace(outcome.ticket, scores=scores, audit=fidelity, again=number == 2)
+    return dataclasses.replace(outcome, ticket=ticket)
 
 
 @pytest.fixture
 def index(output: Path) -> Path:
-    """The built report of ``output``, with an overlay on each image."""
-    build_report(str(output), overlay)
+    """The built report of ``output``, with stripes to lay over ``a.png``."""
+    lay_over(output)
+    build_report(str(output))
     return output / "report" / "index.html"
 
 
-def overlay(output_uri: str, row: Any) -> dict[str, str]:
-    """A picture of stripes to lay over an image."""
-    path = Path(output_uri).parent / "stripes.png"
-    if not path.exists():
-        stripes = np.zeros((90, 120, 4), np.uint8)
-        stripes[:, ::8] = (255, 0, 255, 255)
-        Image.fromarray(stripes).save(path)
-    return {"Stripes": str(path)}
+def lay_over(output: Path) -> None:
+    """As if the audit had drawn stripes as the map of ``a.png``."""
+    path = Path(audit.picture_uri(str(output), "a.png", "invention"))
+    path.parent.mkdir()
+    stripes = np.zeros((90, 120, 4), np.uint8)
+    stripes[:, ::8] = (255, 0, 255, 255)
+    Image.fromarray(stripes).save(path)
 
 
 def handed_over(script: Path) -> Any:

@@ -15,7 +15,7 @@ from supir_batch.errors import StoreError
 from supir_batch.report.build import PIECE, build_report
 from supir_batch.report.scores import FLAGS, SCORES
 
-from .conftest import HOSTILE, handed_over, overlay, size_of
+from .conftest import HOSTILE, handed_over, lay_over, size_of
 
 ASSETS = Path(__file__).parents[3] / "supir_batch" / "report" / "assets"
 
@@ -74,10 +74,11 @@ def test_a_second_report_makes_only_pictures_that_are_new_and_removes_what_nobod
 
 def test_overlays_that_come_later_are_added(output: Path) -> None:
     build_report(str(output))
-    build_report(str(output), overlay)
+    lay_over(output)
+    build_report(str(output))
     rows = handed_over(pieces(output / "report" / "index.html")[0])["rows"]
     (laid,) = rows[0]["overlays"]
-    assert laid["name"] == "Stripes"
+    assert laid["name"] == "invention"
     assert size_of(output / "report" / "pictures" / laid["file"]) == (120, 90)
 
 

@@ -165,7 +165,7 @@ def test_overlays_are_laid_over_the_restored_image(page: Page, index: Path) -> N
     page.get_by_role("button", name="Restored", exact=True).click()
     settled(page)
     before = page.locator(".stage").screenshot()
-    page.get_by_label("Lay over").select_option("Stripes")
+    page.get_by_label("Lay over").select_option("invention")
     expect(page.get_by_label("Strength")).to_be_visible()
     page.wait_for_timeout(800)
     laid = page.locator(".stage").screenshot()
