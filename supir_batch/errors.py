@@ -12,6 +12,10 @@ SupirBatchError
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+_SHOWN = 20  # problems at once; a list made by a script tends to have the same mistake in every row
+
 
 class SupirBatchError(Exception):
     """Base of every error raised on purpose; the message says what, which item, what was seen, what to do."""
@@ -24,6 +28,14 @@ class ManifestError(SupirBatchError):
     """The manifest, or what it lists, is unusable; nothing has been done."""
 
     kind = "manifest"
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise ManifestError that names the problems, one per line and the first 20 of them; none is fine."""
+    found = list(problems)
+    if found:
+        more = [f"... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        raise ManifestError("\n".join([*found[:_SHOWN], *more]))
 
 
 class StoreError(SupirBatchError):

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from supir_batch import store
-from supir_batch.errors import ManifestError, StoreError
+from supir_batch.errors import ManifestError, StoreError, refuse
 from supir_batch.settings import MAX_SEED, Manifest, Material, plain_words
 from supir_batch.types import Failure, Source
 
@@ -55,7 +55,6 @@ IMAGE_EXTENSIONS = {
 }
 LIST_EXTENSIONS = {".csv", ".jsonl", ".parquet"}
 
-_MAX_PROBLEMS = 20  # shown at once; a list made by a script tends to have the same mistake in every row
 _LOOKUPS = 32  # concurrent look-ups; on an object store each is a round trip
 _PIECE = 65_536  # rows read and checked at once
 _MADE_AT_ONCE = 1024
@@ -330,9 +329,7 @@ def _read_list(uri: str) -> list[pa.Table]:
         except UnicodeDecodeError:
             store.read_text(uri)  # raises, and says where
             raise
-    if problems:
-        more = [f"... and {len(problems) - _MAX_PROBLEMS} more"] if len(problems) > _MAX_PROBLEMS else []
-        raise ManifestError("\n".join(problems[:_MAX_PROBLEMS] + more))
+    refuse(problems)
     if not sum(map(len, tables)):
         raise ManifestError(f"{uri}: the list has no rows")
     return tables
@@ -736,9 +733,7 @@ def _refuse_duplicates(table: pa.Table, places: pa.ChunkedArray, manifest_uri: s
         first = by_id.setdefault(source.id, source)
         if first is not source:
             problems.append(f"{_both(first, source)} share the id '{source.id}'; give each a different one in a list")
-    if problems:
-        more = [f"... and {len(problems) - _MAX_PROBLEMS} more"] if len(problems) > _MAX_PROBLEMS else []
-        raise ManifestError("\n".join(f"{manifest_uri}: {line}" for line in problems[:_MAX_PROBLEMS] + more))
+    refuse(f"{manifest_uri}: {problem}" for problem in problems)
 
 
 def _both(first: Source, second: Source) -> str:

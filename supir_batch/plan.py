@@ -20,7 +20,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from supir_batch import review, runlog, store
 from supir_batch.captions import CAPTIONS_FOLDER
-from supir_batch.errors import ManifestError, StoreError
+from supir_batch.errors import ManifestError, StoreError, refuse
 from supir_batch.manifest import (
     IMAGE_EXTENSIONS,
     SOURCES,
@@ -81,7 +81,6 @@ _OVERRIDES = (  # what rows decide
     *("prompt", "negative_prompt", "upscale", "seed", "material", "page", "sidecar", "preset", "restoration_tau"),
     "replaces",
 )
-_MAX_PROBLEMS = 20
 _LOOKUPS = 32  # concurrent reads of captions
 _PIECE = 65_536  # names handed to Arrow at once
 _MAX_EXPLAINED = 1000  # different earlier settings whose changes are told
@@ -230,12 +229,18 @@ def _reviewed(table: pa.Table, wanted: Mapping[str, review.Decision]) -> pa.Tabl
     if not decided:
         return table
     for name in (*_OF_REVIEWS, "replaces"):
+        given = {
+            row: value
+            for row, one in sorted(decided.items())
+            if (value := one.fingerprint if name == "replaces" else getattr(one, name)) is not None
+        }
+        if not given:
+            continue
+        kind = SOURCES.field(name).type
         there = name in table.column_names
-        values = table.column(name).to_pylist() if there else [None] * len(table)
-        for row, one in decided.items():
-            given = one.fingerprint if name == "replaces" else getattr(one, name)
-            values[row] = values[row] if given is None else given
-        column = pa.array(values, SOURCES.field(name).type)
+        column = table.column(name).combine_chunks() if there else pa.nulls(len(table), kind)
+        chosen = pa.array(mask(np.array(list(given)), len(table)))
+        column = pc.replace_with_mask(column, chosen, pa.array(given.values(), kind))
         if there:
             table = table.set_column(table.column_names.index(name), name, column)
         else:
@@ -276,7 +281,7 @@ def _output_names(manifest: Manifest, listed: SourceList) -> _Names:
     odd = np.flatnonzero(~np.asarray(plain))
     named = names.take(pa.array(odd)).to_pylist()
     bad[odd] |= np.fromiter((_below(output.uri, name) is None for name in named), bool, len(odd))
-    _raise_all(
+    refuse(
         f"{describe(source)}: gives no output name; its path {source.relative!r} or id {source.id!r} must name a file"
         for source in listed.make(np.flatnonzero(bad))
     )
@@ -397,7 +402,7 @@ def _work(manifest: Manifest, listed: SourceList, names: _Names, models: _Models
             work.settings(source, sidecar)
         except ManifestError as error:
             problems.append(str(error))
-    _raise_all(problems)
+    refuse(problems)
     return work
 
 
@@ -473,7 +478,7 @@ def _refuse_collisions(manifest: Manifest, manifest_uri: str, listed: SourceList
                 f"{describe(earlier)} and {describe(source)} would both be written to {stem}.*; "
                 f"rename one, or use {{id}} in output.naming"
             )
-    _raise_all(f"{manifest_uri}: {problem}" for problem in problems)
+    refuse(f"{manifest_uri}: {problem}" for problem in problems)
 
 
 def _folded(paths: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -509,7 +514,7 @@ def _refuse_overwriting(manifest: Manifest, manifest_uri: str, listed: SourceLis
                 f"the output of {describe(source)} would overwrite the input {describe(threatened_one)}; "
                 f"choose another output.uri or output.naming"
             )
-    _raise_all(f"{manifest_uri}: {problem}" for problem in problems)
+    refuse(f"{manifest_uri}: {problem}" for problem in problems)
 
 
 def _refuse_links(manifest: Manifest, names: _Names) -> None:
@@ -520,14 +525,7 @@ def _refuse_links(manifest: Manifest, names: _Names) -> None:
             store.refuse_links(store.join(root, f"{folder}any"), root)
         except StoreError as error:
             problems[str(error)] = None
-    _raise_all(problems)
-
-
-def _raise_all(problems: Iterable[str]) -> None:
-    found = list(problems)
-    if found:
-        more = [f"... and {len(found) - _MAX_PROBLEMS} more"] if len(found) > _MAX_PROBLEMS else []
-        raise ManifestError("\n".join([*found[:_MAX_PROBLEMS], *more]))
+    refuse(problems)
 
 
 # --- what the log says ---------------------------------------------------------------------------------------------

@@ -19,13 +19,12 @@ import pyarrow.compute as pc
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from supir_batch import runlog, store
-from supir_batch.errors import ManifestError, StoreError
+from supir_batch.errors import ManifestError, StoreError, refuse
 from supir_batch.settings import Preset, plain_words
 from supir_batch.types import Verdict
 
 REVIEWS_FOLDER = "reviews"
 
-_MAX_PROBLEMS = 20
 _ROLL_AT = 500  # decisions in one file of a session, which is put anew with each
 
 
@@ -98,7 +97,7 @@ def read_file(uri: str) -> list[Placed]:
             found.append(Placed(place, parse(row)))
         except ManifestError as error:
             problems += [f"{place}: {line}" for line in str(error).splitlines()]
-    _raise_all(problems)
+    refuse(problems)
     return found
 
 
@@ -181,7 +180,7 @@ def refuse_unknown(output_uri: str, placed: Iterable[Placed]) -> None:
                 f"{place}: no output of {one.id!r} has the fingerprint {one.fingerprint[:12]}...; "
                 f"was the decision made about another output folder?"
             )
-    _raise_all(problems)
+    refuse(problems)
 
 
 def append(output_uri: str, decisions: Sequence[Decision]) -> None:
@@ -266,9 +265,3 @@ def _problem(error: Any) -> str:
         return f"unknown key {column!r}; keys: {', '.join(COLUMNS)}"
     words = _WORDS.get(column) or plain_words(error["msg"])
     return f"{column} {words}, saw {error['input']!r:.80}"
-
-
-def _raise_all(problems: Sequence[str]) -> None:
-    if problems:
-        more = [f"... and {len(problems) - _MAX_PROBLEMS} more"] if len(problems) > _MAX_PROBLEMS else []
-        raise ManifestError("\n".join([*problems[:_MAX_PROBLEMS], *more]))
