@@ -197,15 +197,18 @@ def _fit_curve(lightness: NDArray[np.float64], chroma: NDArray[np.float64]) -> N
     """Least-squares piecewise linear curve of (a*, b*) over L*, its second differences damped; [_NODES, 2]."""
     place = np.clip(lightness / 100.0, 0.0, 1.0) * (_NODES - 1)
     left = np.minimum(place.astype(np.int64), _NODES - 2)
-    share = place - left
-    hat = np.zeros((len(lightness), _NODES))
-    row = np.arange(len(lightness))
-    hat[row, left] = 1.0 - share
-    hat[row, left + 1] = share
+    right = place - left  # weight of the node above; the one below has the rest
+
+    def mean(values: NDArray[np.float64], nodes: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.bincount(nodes, values, _NODES) / len(lightness)
+
+    own = mean((1 - right) ** 2, left) + mean(right**2, left + 1)
+    shared = np.diag(mean((1 - right) * right, left)[:-1], 1)
     bend = np.diff(np.eye(_NODES), n=2, axis=0)
     # a touch of the identity pulls nodes that no pixel supports toward no chroma, and keeps the system regular
-    normal = hat.T @ hat / len(lightness) + _SMOOTHNESS * bend.T @ bend + 1e-6 * np.eye(_NODES)
-    return np.asarray(np.linalg.solve(normal, hat.T @ chroma / len(lightness)), dtype=np.float64)
+    normal = np.diag(own) + shared + shared.T + _SMOOTHNESS * bend.T @ bend + 1e-6 * np.eye(_NODES)
+    target = [mean((1 - right) * band, left) + mean(right * band, left + 1) for band in chroma.T]
+    return np.asarray(np.linalg.solve(normal, np.stack(target, axis=1)), dtype=np.float64)
 
 
 def _along(curve: NDArray[np.float64], lightness: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -298,7 +298,10 @@ def _unclaim_resolution(path: Path, file_format: OutputFormat) -> None:
         with tifffile.TiffFile(path, mode="r+") as tif:
             tif.pages.first.tags["ResolutionUnit"].overwrite(1)  # 1: no absolute unit
         return
-    data = path.read_bytes()
-    at = data.index(b"pHYs") - 4
-    (length,) = struct.unpack_from(">I", data, at)
-    path.write_bytes(data[:at] + data[at + 12 + length :])
+    with path.open("r+b") as file:
+        data = file.read()
+        at = data.index(b"pHYs") - 4
+        (length,) = struct.unpack_from(">I", data, at)
+        file.seek(at)
+        file.write(data[at + 12 + length :])
+        file.truncate()

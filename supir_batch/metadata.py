@@ -352,11 +352,14 @@ def _embed_in_jpeg(path: Path, packet: bytes) -> None:
 
 def _embed_in_png(path: Path, packet: bytes) -> None:
     """An uncompressed iTXt chunk right behind the header, as XMP part 3 wants."""
-    data = path.read_bytes()
     at = 8 + 25  # signature and IHDR
     body = b"iTXt" + b"XML:com.adobe.xmp" + bytes(5) + packet
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    path.write_bytes(data[:at] + chunk + data[at:])
+    with path.open("r+b") as file:
+        file.seek(at)
+        rest = file.read()
+        file.seek(at)
+        file.write(chunk + rest)
 
 
 def _embed_in_webp(path: Path, packet: bytes) -> None:

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]  # of the run log
 
 BLOCK_BYTES = 64 * 2**20  # a large tile, or as many small ones: every block costs Ray some milliseconds per stage
+_BLOCK_BYTES_OF_NO_MODEL = 160 * 2**20  # whose tiles take no time, so that what a block costs counts for more
 _FED_TOGETHER = 16  # images, at most
 _PASSES = 3
 _STOP_WAIT_S = 1800
@@ -94,6 +95,8 @@ def run(
         gpus /= 2  # a captioner and a restorer share what one worker may have
 
     def rows(todo: Sequence[Job], ledger: _Ledger) -> ray.data.Dataset:
+        if todo[0].model is None:
+            DataContext.get_current().target_max_block_size = _BLOCK_BYTES_OF_NO_MODEL
         guards = Guards(ledger, run_id, runtime.deadline_seconds)
         images = _images(todo, runtime, ledger)
         if captioned:
