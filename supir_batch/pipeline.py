@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]  # of the run log
 
 BLOCK_BYTES = 64 * 2**20  # a large tile, or as many small ones: every block costs Ray some milliseconds per stage
-_BLOCK_BYTES_OF_NO_MODEL = 160 * 2**20  # whose tiles take no time, so that what a block costs counts for more
+_LARGE_BLOCK_BYTES = 160 * 2**20  # where tiles take no time, so that what a block costs counts for more
 _FED_TOGETHER = 16  # images, at most
 _PASSES = 3
 _STOP_WAIT_S = 1800
@@ -88,6 +88,7 @@ def run(
     raises stops the run; what was committed until then stays. Raises EngineError if the engine or the captioner cannot
     be loaded, or if this machine, on its own, has no place for their workers.
     """
+    at_once = load is None and all(job.model is None for job in jobs)  # the baseline, whose tiles take no time
     load = load or partial(load_engine, window_batch=runtime.batch)
     captioned = any(wants_caption(job) for job in jobs)
     gpus = runtime.gpus_per_actor
@@ -95,8 +96,8 @@ def run(
         gpus /= 2  # a captioner and a restorer share what one worker may have
 
     def rows(todo: Sequence[Job], ledger: _Ledger) -> ray.data.Dataset:
-        if todo[0].model is None:
-            DataContext.get_current().target_max_block_size = _BLOCK_BYTES_OF_NO_MODEL
+        if at_once:
+            DataContext.get_current().target_max_block_size = _LARGE_BLOCK_BYTES
         guards = Guards(ledger, run_id, runtime.deadline_seconds)
         images = _images(todo, runtime, ledger)
         if captioned:
@@ -110,8 +111,7 @@ def run(
             num_gpus=gpus,
             accelerator_type=runtime.accelerator,
             num_cpus=0,  # so that waiting models never starve the CPU stages
-            # a card is asked for so many windows at once; without a model it is best to take what a block holds
-            batch_size=None if todo[0].model is None else runtime.batch,
+            batch_size=None if at_once else runtime.batch,
         )
         return tiles.map_batches(write_stage, batch_size=None, fn_args=(guards,), num_cpus=0.5)
 
