@@ -36,6 +36,7 @@ from supir_model.attention import fuse_projections
 from supir_model.compiled import CompiledNetworks
 from supir_model.config import V0F, ControlConfig, ModelConfig, Precision, TowerConfig, UNetConfig, VAEConfig
 from supir_model.first_stage import FirstStage, autocast
+from supir_model.float8 import use_float8
 from supir_model.folder import FORMAT, VOCABULARY, Description
 from supir_model.loading import FORMATS
 from supir_model.memory import Rung
@@ -167,6 +168,9 @@ def build(setup: Setup, window_batch: int = 1) -> SupirModel:
     if on_card:
         fuse_projections(networks.control)
         fuse_projections(networks.unet)
+    if setup.precision == "float8":
+        use_float8(networks.control)
+        use_float8(networks.unet)
     backend = "inductor" if on_card else None
     return SupirModel(networks, setup.config, setup.device, setup.precision, (Rung(window_batch),), backend)
 

@@ -12,7 +12,7 @@ from typing import Literal
 Prediction = Literal["epsilon", "v", "residual"]
 ColorFix = Literal["wavelet", "adain", "none"]
 VAETilingMode = Literal["off", "exact", "released"]
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bfloat16", "float16", "float8"]
 SamplerName = Literal["edm", "dpmpp_2m_sde"]
 
 

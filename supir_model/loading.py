@@ -36,6 +36,7 @@ FORMATS: dict[Precision, Formats] = {
     "float32": Formats(torch.float32, torch.float32),
     "bfloat16": Formats(torch.bfloat16, torch.bfloat16),
     "float16": Formats(torch.float16, torch.bfloat16),
+    "float8": Formats(torch.bfloat16, torch.bfloat16),  # for the rest, see float8.py
 }
 
 
