@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -143,6 +144,7 @@ def sampling_of(settings: Settings) -> Sampling:
         settings.stride,
         WHOLE if settings.vae_tiling == "off" else VAETiling(settings.vae_tiling, settings.vae_tile),
         clip=settings.geometry != "released",
+        guided_sigmas=(settings.guidance_from, math.inf if settings.guidance_to is None else settings.guidance_to),
     )
 
 

@@ -110,8 +110,8 @@ class ProvenanceRecord:
         """The settings that shape the picture as JSON of at most 1 kB; the full set is in the sidecar."""
         keys = (
             (
-                *("precision", "preset", "sampler", "steps", "cfg_start", "cfg_end", "control_scale"),
-                *("restoration_tau", "restoration_to_end", "churn", "eta", "noise"),
+                *("precision", "preset", "sampler", "steps", "cfg_start", "cfg_end", "guidance_from"),
+                *("guidance_to", "control_scale", "restoration_tau", "restoration_to_end", "churn", "eta", "noise"),
             )
             if self.generative
             else ()

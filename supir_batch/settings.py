@@ -153,7 +153,7 @@ class Engine(_Section):
     precision: Precision | None = Field(
         default=None,
         description="Number format inside control encoder and UNet; unless float32, autoencoder and text use bfloat16. "
-        "Left out: the model's own.",
+        "float8: bfloat16 with products of 8 bits, for recent cards. Left out: the model's own.",
     )
     preset: Preset = Field(
         default="fidelity",
@@ -229,6 +229,21 @@ class Engine(_Section):
             )
         if self.precision == "float16" and self._config.name == TINY.name:
             raise ValueError("precision 'float16' overflows in weights 'tiny'; use bfloat16 or float32")
+        return self
+
+
+class Approximate(_Section):
+    """Ways to save time that change results. Off unless given; docs/performance.md has what each changes."""
+
+    guidance_from: float = Field(
+        default=0.0, ge=0, description="Smallest sigma at which the negative prompt is computed; below, guidance is 1."
+    )
+    guidance_to: float | None = Field(default=None, gt=0, description="Largest such sigma; left out: all.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Approximate:
+        if self.guidance_to is not None and self.guidance_to < self.guidance_from:
+            raise ValueError(f"guidance_to {self.guidance_to:g} is smaller than guidance_from {self.guidance_from:g}")
         return self
 
 
@@ -484,6 +499,7 @@ class Manifest(_Section):
     output: Output
     reading: Reading = Reading()
     engine: Engine = Engine()
+    approximate: Approximate = Approximate()
     caption: Caption = Caption()
     tiling: Tiling = Tiling()
     gate: Gate = Gate()
@@ -854,6 +870,8 @@ def resolve(
         steps=int(sampling["steps"]),
         cfg_start=float(sampling["cfg_start"]),
         cfg_end=float(sampling["cfg_end"]),
+        guidance_from=float(manifest.approximate.guidance_from) if generative else 0.0,
+        guidance_to=manifest.approximate.guidance_to if generative else None,
         control_scale=float(sampling["control_scale"]),
         restoration_tau=None if tau is None or tau == "off" else float(tau),
         restoration_to_end=sampling["restoration_to_end"],
@@ -1041,9 +1059,10 @@ def explain(manifest: Manifest) -> list[Explained]:
     sampler = _sampling(manifest)["sampler"]
     unused = {f"engine.{key}" for key in _UNUSED[sampler]}
     used_by_lanczos = {"engine.name", "engine.upscale", "tiling.max_pixels", "tiling.overlap"}
+    of_model = ("engine.", "approximate.", "caption.", "tiling.")
     explained = []
     for key, value, given in _flat(manifest):
-        if not generative and key.startswith(("engine.", "caption.", "tiling.")) and key not in used_by_lanczos:
+        if not generative and key.startswith(of_model) and key not in used_by_lanczos:
             explained.append(Explained(key, None, "not used by lanczos"))
         elif key in _LLAVA_KEYS and manifest.caption.mode != "llava":
             explained.append(Explained(key, None, "only used by caption.mode llava"))
@@ -1111,11 +1130,16 @@ audit, which changes no output.
 """
 
 
+_ADDED: dict[str, object] = {"guidance_from": 0.0, "guidance_to": None}
+"""Settings that came later, with what all work before them did: at that they are no part of the hash, which stays."""
+
+
 @functools.lru_cache(maxsize=4096)  # most images of a run share their settings
 def settings_hash(settings: Settings) -> str:
     """SHA-256 (hex) of the canonical JSON of what is ``IDENTIFYING``: sorted keys, no spaces, floats by their shortest
     exact form."""
     values = {name: getattr(settings, name) for name in IDENTIFYING}
+    values = {name: value for name, value in values.items() if name not in _ADDED or value != _ADDED[name]}
     for key in _FLOAT_FIELDS & values.keys():
         if values[key] is not None:
             values[key] = float(values[key])  # 1 and 1.0 are the same setting

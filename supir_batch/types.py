@@ -69,6 +69,8 @@ class Settings:
     steps: int
     cfg_start: float
     cfg_end: float
+    guidance_from: float  # noise levels (sigma) between which the guidance scale counts, and is else 1
+    guidance_to: float | None  # None: to the largest
     control_scale: float
     restoration_tau: float | None
     restoration_to_end: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from supir_model.sampler import Window
 
 RunNetworks = Callable[[Tensor, Tensor, Tensor, Conditioning], Tensor]
 """F(x [B, C, h, w], timestep [B], control_scale [B, 1, 1, 1], conditioning) -> [B, C, h, w]"""
+
+ALL_SIGMAS = (0.0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,28 @@ class Guide:
 
 
 class GuidedDenoiser:
-    """The ``Guided`` denoiser of some images; the networks see both halves of a batch at once."""
+    """The ``Guided`` denoiser of some images; the networks see both halves of a batch at once.
+
+    guided_sigmas: noise levels from and to which the guidance scale is ``cfg_start`` to ``cfg_end``; elsewhere it is 1.
+    """
 
     def __init__(
-        self, networks: RunNetworks, config: ModelConfig, guides: Sequence[Guide], cfg_start: float, cfg_end: float
+        self,
+        networks: RunNetworks,
+        config: ModelConfig,
+        guides: Sequence[Guide],
+        cfg_start: float,
+        cfg_end: float,
+        guided_sigmas: tuple[float, float] = ALL_SIGMAS,
     ) -> None:
         self._networks, self._config, self._guides = networks, config, guides
-        self._cfg_start, self._cfg_end = cfg_start, cfg_end
+        self._cfg_start, self._cfg_end, self._guided_sigmas = cfg_start, cfg_end, guided_sigmas
 
     def __call__(self, x: Tensor, sigma: Tensor, control_scale: Tensor, windows: Sequence[Window]) -> Tensor:
         """Estimate of the clean latents behind x [N, C, h, w]; see ``sampler.Guided``."""
-        scale = linear_cfg(self._cfg_start, self._cfg_end, sigma)
+        lowest, highest = self._guided_sigmas
+        inside = (sigma >= lowest) & (sigma <= highest)
+        scale = torch.where(inside, linear_cfg(self._cfg_start, self._cfg_end, sigma), 1.0)
         guided = bool((scale != 1).any())  # at 1 the negative prompt has no weight, and its half is not computed
         guides = [self._guides[window.item] for window in windows]
         texts = [guide.negative for guide in guides] if guided else []

@@ -21,7 +21,8 @@ from supir_model.compiled import Backend, CompiledNetworks
 from supir_model.config import ColorFix, ModelConfig, Precision, SamplingDefaults
 from supir_model.errors import RequestError
 from supir_model.first_stage import FirstStage, autocast, device_of
-from supir_model.guidance import Guide, GuidedDenoiser, RunNetworks
+from supir_model.float8 import use_float8
+from supir_model.guidance import ALL_SIGMAS, Guide, GuidedDenoiser, RunNetworks
 from supir_model.loading import FORMATS, load_networks
 from supir_model.memory import Costs, Ladder, PeakOf, Rung
 from supir_model.networks import Conditioning, Networks
@@ -42,7 +43,9 @@ class Sampling:
 
     sampler: its settings, whose type says which one it is. cfg_start: guidance scale at the largest sigma, cfg_end
     at 0, linear between. vae_tiling: parts in which the VAE runs. clip: whether results are clipped to [-1, 1]; the
-    release resizes before it clips.
+    release resizes before it clips. guided_sigmas: noise levels from and to which the scale counts; elsewhere it is 1,
+    and the half of the negative prompt is not computed (Kynkäänniemi et al. 2024, "Applying guidance in a limited
+    interval").
     """
 
     sampler: SamplerSettings
@@ -51,10 +54,17 @@ class Sampling:
     color_fix: ColorFix
     vae_tiling: VAETiling = WHOLE
     clip: bool = True
+    guided_sigmas: tuple[float, float] = ALL_SIGMAS
 
     @classmethod
     def of(
-        cls, values: SamplingDefaults, window: int, stride: int, vae_tiling: VAETiling = WHOLE, clip: bool = True
+        cls,
+        values: SamplingDefaults,
+        window: int,
+        stride: int,
+        vae_tiling: VAETiling = WHOLE,
+        clip: bool = True,
+        guided_sigmas: tuple[float, float] = ALL_SIGMAS,
     ) -> Self:
         """A preset, or what a user made of one, with windows and steps between them in latent positions."""
         sampler: SamplerSettings
@@ -80,7 +90,7 @@ class Sampling:
                 window=window,
                 stride=stride,
             )
-        return cls(sampler, values.cfg_start, values.cfg_end, values.color_fix, vae_tiling, clip)
+        return cls(sampler, values.cfg_start, values.cfg_end, values.color_fix, vae_tiling, clip, guided_sigmas)
 
 
 @dataclass(frozen=True)
@@ -167,6 +177,9 @@ class SupirModel:
         if cuda:
             fuse_projections(networks.control)
             fuse_projections(networks.unet)
+        if precision == "float8":
+            use_float8(networks.control)
+            use_float8(networks.unet)
         rungs = memory.rungs_of(window_batch)
         asked = (Rung(window_batch), *rungs[1:])
         model = cls(networks, config, target, precision, asked, backend="inductor" if cuda else None)
@@ -287,7 +300,9 @@ class SupirModel:
                 for request, one in zip(requests, seen, strict=True)
             ]
             run = partial(self._run, None if rung.offload else sampling.sampler.window)
-            guided = GuidedDenoiser(run, self.config, guides, sampling.cfg_start, sampling.cfg_end)
+            guided = GuidedDenoiser(
+                run, self.config, guides, sampling.cfg_start, sampling.cfg_end, sampling.guided_sigmas
+            )
             return sample(guided, [one.center for one in seen], noise, sampling.sampler, rung.window_batch)
 
         latents = attempt(sampled)

@@ -40,6 +40,7 @@ SUPIR_MODEL = [
     "placement",
     "first_stage",
     "memory",
+    "float8",
     "compiled",
     "model",
     "convert",

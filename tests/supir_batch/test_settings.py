@@ -378,6 +378,7 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def test_every_setting_but_those_of_gate_and_audit_is_part_of_the_hash(settings: Settings) -> None:
+    settings = dataclasses.replace(settings, guidance_to=1.0)
     hashes = {settings_hash(settings)}
     for field in dataclasses.fields(Settings):
         value = getattr(settings, field.name)
@@ -399,7 +400,8 @@ def test_the_hash_stays_what_it_was() -> None:
     fixed = Settings(
         engine="supir", engine_name="supir-tiny", model_sha256="ab", weights="tiny", precision="float32",
         preset="fidelity", sampler="edm", steps=10,
-        cfg_start=1.0, cfg_end=1.5, control_scale=1.0, restoration_tau=None, restoration_to_end=False,
+        cfg_start=1.0, cfg_end=1.5, guidance_from=0.0, guidance_to=None,
+        control_scale=1.0, restoration_tau=None, restoration_to_end=False,
         churn=0.0, eta=0.0, noise=1.003,
         color_fix="wavelet", upscale=2.0, min_size=0, window=128, stride=96, max_pixels=4194304, overlap=128,
         geometry="pad", vae_tiling="off", vae_tile=0,
@@ -432,6 +434,16 @@ def test_the_small_model_refuses_the_format_that_it_overflows_in(tmp_path: Path)
     (line,) = refusal(tmp_path, MINIMAL + "engine: {precision: float16}\n")
     assert line.endswith("precision 'float16' overflows in weights 'tiny'; use bfloat16 or float32")
     assert load(tmp_path, MINIMAL + "engine: {precision: bfloat16}\n").engine.precision == "bfloat16"
+
+
+def test_noise_levels_of_guidance_are_settings_of_a_model(tmp_path: Path) -> None:
+    narrow = "approximate: {guidance_from: 0.3, guidance_to: 5}\n"
+    found = resolve(load(tmp_path, MINIMAL + narrow), SOURCE, "hash")
+    assert (found.guidance_from, found.guidance_to) == (0.3, 5.0)
+    unused = resolve(load(tmp_path, MINIMAL + narrow + "engine: {name: lanczos}\n"), SOURCE, "")
+    assert (unused.guidance_from, unused.guidance_to) == (0.0, None)
+    (line,) = refusal(tmp_path, MINIMAL + "approximate: {guidance_from: 5, guidance_to: 0.3}\n")
+    assert "guidance_to 0.3 is smaller than guidance_from 5" in line
 
 
 def test_limits_of_the_gate_identify_no_work(tmp_path: Path) -> None:
