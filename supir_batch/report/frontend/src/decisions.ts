@@ -3,12 +3,17 @@
  * report, saved with it. Of two about one output the later counts.
  */
 
-import type { Decision, Report } from "./data";
+import type { Decision, Report, Verdict } from "./data";
 
 export const PRESETS = ["fidelity", "quality", "fidelity-lightning", "quality-lightning"];
 const WANTED = ["prompt", "preset", "restoration_tau", "seed"] as const;
 const OPTIONAL = [...WANTED, "note"] as const;
 const COLUMNS = ["id", "fingerprint", "decision", ...OPTIONAL, "decided_at"] as const;
+
+/** Keys that decide at once. */
+export const KEYS: Partial<Record<string, Verdict>> = { a: "accept", r: "reject", d: "redo", u: "undecided" };
+
+export type Change = Partial<Omit<Decision, "id" | "fingerprint" | "decided_at">>;
 
 export type Saving = "browser" | "saved" | "saving" | "failed";
 
@@ -23,7 +28,7 @@ export class Decisions {
   private readonly listeners = new Set<() => void>();
   private busy = false;
 
-  constructor(report: Report) {
+  constructor(private readonly report: Report) {
     this.prefix = `supir-batch/${report.output}/`;
     const known = new Set(report.fingerprint);
     for (const one of report.decisions) this.take(one);
@@ -42,6 +47,12 @@ export class Decisions {
   /** What was decided about an output. */
   of(fingerprint: string): Decision | undefined {
     return this.all.get(fingerprint);
+  }
+
+  /** Decide about the image of a row, or change a part of what was decided. */
+  change(row: number, part: Change): void {
+    const [id, fingerprint] = [this.report.id[row]!, this.report.fingerprint[row]!];
+    this.set({ decision: "undecided", ...this.of(fingerprint), ...part, id, fingerprint });
   }
 
   /** Decide; whatever a decision takes no settings for loses them. */

@@ -4,7 +4,7 @@ import type { RefObject } from "preact";
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { addressOf, isTyping } from "./app";
 import { type Report, type Verdict, picture } from "./data";
-import type { Decisions } from "./decisions";
+import { type Decisions, KEYS } from "./decisions";
 import { shortcutsOn } from "./help";
 import { EVERYTHING, type Filter, STATES, said } from "./selection";
 
@@ -100,10 +100,10 @@ export function Gallery(props: Props) {
         );
       } else if (at >= 0) {
         const row = rows[at]!;
-        const verdict = ({ a: "accept", r: "reject", u: "undecided" } as Record<string, Verdict>)[event.key];
-        if (!verdict || !report.done[row]) return;
-        const fingerprint = report.fingerprint[row]!;
-        decisions.set({ ...decisions.of(fingerprint), id: report.id[row]!, fingerprint, decision: verdict });
+        const decision = KEYS[event.key];
+        // what a redo is to change is asked on the page of its image
+        if (!decision || decision === "redo" || !report.done[row]) return;
+        decisions.change(row, { decision });
       } else return;
       event.preventDefault();
     };
@@ -187,6 +187,11 @@ function Filters({ report, rows, filter, setFilter }: Props) {
     if (filter.range && !Number.isNaN(value)) set({ range: { ...filter.range, [key]: value } });
   };
   const facets = report.facets.filter((facet) => facet.values.length > 1 || facet.column === "failure_kind");
+  const scores = report.scores.map((score) => (
+    <option key={score.column} value={score.column}>
+      {score.label}
+    </option>
+  ));
   return (
     <form class="filters" role="search" aria-label="Images" onSubmit={(event) => event.preventDefault()}>
       <h1>
@@ -241,11 +246,7 @@ function Filters({ report, rows, filter, setFilter }: Props) {
               }}
             >
               <option value="">Any</option>
-              {report.scores.map((score) => (
-                <option key={score.column} value={score.column}>
-                  {score.label}
-                </option>
-              ))}
+              {scores}
             </select>
           </label>
           {range &&
@@ -267,11 +268,7 @@ function Filters({ report, rows, filter, setFilter }: Props) {
         <select value={filter.sort} onChange={(event) => set({ sort: event.currentTarget.value })}>
           <option value="name">Name</option>
           <option value="size">Size</option>
-          {report.scores.map((score) => (
-            <option key={score.column} value={score.column}>
-              {score.label}
-            </option>
-          ))}
+          {scores}
         </select>
       </label>
       <button type="button" class="quiet" aria-pressed={filter.descending} onClick={() => set({ descending: !filter.descending })}>

@@ -2,8 +2,8 @@
 
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { addressOf, isTyping } from "./app";
-import { type Details, type Page, type Report, type Verdict, pageOf } from "./data";
-import type { Decisions } from "./decisions";
+import { type Details, type Page, type Report, pageOf } from "./data";
+import { type Decisions, KEYS } from "./decisions";
 import { shortcutsOn } from "./help";
 import { spread } from "./histogram";
 import { Review } from "./review";
@@ -47,15 +47,13 @@ export function ImagePage({ report, decisions, row, rows }: Props) {
         return;
       }
       if (event.repeat || isTyping(event) || !shortcutsOn()) return;
-      const verdict = ({ a: "accept", r: "reject", d: "redo", u: "undecided" } as Record<string, Verdict>)[event.key];
+      const decision = KEYS[event.key];
       if (event.key === "j") go(1);
       else if (event.key === "k") go(-1);
       else if (event.key === "Escape" && !document.querySelector("dialog")) location.hash = "#/images";
       else if (event.key === "n") document.getElementById("note")?.focus();
-      else if (verdict && report.done[row]) {
-        const fingerprint = report.fingerprint[row]!;
-        decisions.set({ ...decisions.of(fingerprint), id: report.id[row]!, fingerprint, decision: verdict });
-      } else return;
+      else if (decision && report.done[row]) decisions.change(row, { decision });
+      else return;
       event.preventDefault();
     };
     addEventListener("keydown", onKey);

@@ -2,7 +2,7 @@
 
 import { useEffect, useRef, useState } from "preact/hooks";
 import type { Decision, Details, Report, Verdict } from "./data";
-import { type Decisions, PRESETS, complete } from "./decisions";
+import { type Change, type Decisions, PRESETS, complete } from "./decisions";
 
 interface Props {
   report: Report;
@@ -19,12 +19,9 @@ const CHOICES: [Verdict, string, string][] = [
 ];
 
 export function Review({ report, decisions, row, details, settings }: Props) {
-  const fingerprint = report.fingerprint[row]!;
-  const id = report.id[row]!;
-  const decision = decisions.of(fingerprint);
+  const decision = decisions.of(report.fingerprint[row]!);
   const verdict = decision?.decision ?? "undecided";
-  const change: Change = (part) =>
-    decisions.set({ decision: "undecided", ...decisions.of(fingerprint), ...part, id, fingerprint });
+  const change = (part: Change) => decisions.change(row, part);
   return (
     <aside class="review" aria-label="Decision">
       <h2>Decision</h2>
@@ -55,8 +52,6 @@ export function Review({ report, decisions, row, details, settings }: Props) {
     </aside>
   );
 }
-
-type Change = (part: Partial<Omit<Decision, "id" | "fingerprint" | "decided_at">>) => void;
 
 const PAUSE = 800; // milliseconds
 
@@ -89,7 +84,7 @@ function Text(props: { value: string; keep: (text: string) => void; id?: string;
   );
 }
 
-function Redo(props: { decision: Decision; details: Details; settings: [string, string][]; change: Change }) {
+function Redo(props: { decision: Decision; details: Details; settings: [string, string][]; change: (part: Change) => void }) {
   const { decision, details, settings, change } = props;
   const now = (label: string) => settings.find(([key]) => key === label)?.[1] ?? "";
   const [wrong, setWrong] = useState("");
