@@ -169,8 +169,8 @@ def build(setup: Setup, window_batch: int = 1) -> SupirModel:
         fuse_projections(networks.control)
         fuse_projections(networks.unet)
     if setup.precision == "float8":
-        use_float8(networks.control)
-        use_float8(networks.unet)
+        use_float8(networks.control, setup.device)
+        use_float8(networks.unet, setup.device)
     backend = "inductor" if on_card else None
     return SupirModel(networks, setup.config, setup.device, setup.precision, (Rung(window_batch),), backend)
 

@@ -56,13 +56,13 @@ class Float8Linear(nn.Module):
         return out.reshape(*x.shape[:-1], self.out_features)
 
 
-def use_float8(net: nn.Module) -> None:
+def use_float8(net: nn.Module, device: torch.device) -> None:
     """Let the transformers of ``net`` multiply in 8-bit floats; their weights are held so, and no longer otherwise.
 
-    The projections of the text are left alone: they are computed once for all steps. Raises RequestError on a card that
-    cannot do it.
+    The projections of the text are left alone: they are computed once for all steps. Raises RequestError if ``device``,
+    on which the net will work, is a card that cannot do it.
     """
-    _refuse_old_cards(next(net.parameters()).device)
+    _refuse_old_cards(device)
     for block in (module for module in net.modules() if isinstance(module, BasicTransformerBlock)):
         of_text = (block.attn2.to_k, block.attn2.to_v)
         for name, layer in list(block.named_modules()):

@@ -178,8 +178,8 @@ class SupirModel:
             fuse_projections(networks.control)
             fuse_projections(networks.unet)
         if precision == "float8":
-            use_float8(networks.control)
-            use_float8(networks.unet)
+            use_float8(networks.control, target)
+            use_float8(networks.unet, target)
         rungs = memory.rungs_of(window_batch)
         asked = (Rung(window_batch), *rungs[1:])
         model = cls(networks, config, target, precision, asked, backend="inductor" if cuda else None)

@@ -11,7 +11,7 @@ from torch import nn
 
 from supir_model.config import TINY
 from supir_model.errors import RequestError
-from supir_model.float8 import Float8Linear, _refuse_old_cards, use_float8
+from supir_model.float8 import Float8Linear, use_float8
 from supir_model.model import Request, Sampling, SupirModel
 from supir_model.networks import Networks
 
@@ -43,7 +43,7 @@ def test_zeros_stay_zeros() -> None:
 def test_layers_of_the_transformers_hold_a_byte_for_each_weight_and_those_of_the_text_are_left() -> None:
     networks = Networks(TINY)
     before = {name for name, layer in networks.unet.named_modules() if isinstance(layer, nn.Linear)}
-    use_float8(networks.unet)
+    use_float8(networks.unet, torch.device("cpu"))
     changed = {name for name, layer in networks.unet.named_modules() if isinstance(layer, Float8Linear)}
     blocks = [name for name, one in networks.unet.named_modules() if isinstance(one, BasicTransformerBlock)]
     assert changed == {
@@ -83,4 +83,4 @@ def test_an_old_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     with pytest.raises(RequestError, match=r"needs compute capability 8\.9 or later, A100 has 8\.0; choose bfloat16"):
-        _refuse_old_cards(torch.device("cuda"))
+        use_float8(Networks(TINY).unet, torch.device("cuda"))
