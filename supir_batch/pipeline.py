@@ -67,6 +67,7 @@ Row = dict[str, Any]  # of the run log
 BLOCK_BYTES = 64 * 2**20  # a large tile, or as many small ones: every block costs Ray some milliseconds per stage
 _LARGE_BLOCK_BYTES = 160 * 2**20  # where tiles take no time, so that what a block costs counts for more
 _FED_TOGETHER = 16  # images, at most
+_BATCHES_OF_A_CARD = 4
 _PASSES = 3
 _STOP_WAIT_S = 1800
 
@@ -107,17 +108,28 @@ def run(
             RestoreStage,
             compute=_pool(runtime.actors, runtime.max_actors),
             # engine, weights and license are the manifest's, the same for every job
-            fn_constructor_args=(guards, todo[0].model, runtime.device, load),
+            fn_constructor_args=(guards, todo[0].model, runtime.device, load, runtime.batch),
             num_gpus=gpus,
             accelerator_type=runtime.accelerator,
             num_cpus=0,  # so that waiting models never starve the CPU stages
-            batch_size=None if at_once else runtime.batch,
+            batch_size=None if at_once else _handed_over(runtime, gpus > 0),
         )
         return tiles.map_batches(write_stage, batch_size=None, fn_args=(guards,), num_cpus=0.5)
 
     needs = [_Need("restoring", gpus, runtime.accelerator)]
     needs += [_caption_need(runtime)] if captioned else []
     _stream(jobs, runtime, needs, rows, listener, run_id, stop)
+
+
+def _handed_over(runtime: Runtime, on_card: bool) -> int:
+    """Tiles that a restoring worker gets in one call.
+
+    For a card several batches, so that it works on one while the one before is measured, as far as all workers still
+    get some. Never more than there are images on their way: Ray waits until it has so many.
+    """
+    workers = runtime.max_actors or runtime.actors
+    several = min(_BATCHES_OF_A_CARD * runtime.batch, runtime.images_in_flight // (2 * workers))
+    return min(max(runtime.batch, several if on_card else 1), runtime.images_in_flight)
 
 
 def caption(jobs: Sequence[Job], runtime: Runtime, listener: Listener, run_id: str, stop: threading.Event) -> None:
@@ -159,7 +171,7 @@ def _captioned(
         num_gpus=need.gpus,
         accelerator_type=need.accelerator,
         num_cpus=0,
-        batch_size=runtime.caption_batch,
+        batch_size=min(runtime.caption_batch, runtime.images_in_flight),
     )
 
 

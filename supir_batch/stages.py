@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -140,9 +141,7 @@ class _ModelStage(ABC, Generic[Model]):
                     with guard.deadline(sum(self.effort(tickets[i]) for i in members)):
                         self.work(loaded, tickets, batch, members)
                 except Exception as error:  # whatever it is, it concerns these rows alone
-                    for i in members:
-                        failure = failure_of(self.name, tickets[i].job.source, error)
-                        tickets[i] = dataclasses.replace(tickets[i], failure=failure)
+                    self._fail(tickets, members, error)
                 for i in members:
                     tickets[i] = watch.record(tickets[i], share=len(members))
         pickled = [pickle.dumps(tickets[i]) if i in tickets else _BLANK for i in range(len(batch["ticket"]))]
@@ -156,6 +155,11 @@ class _ModelStage(ABC, Generic[Model]):
             except Exception as error:
                 self._loaded = EngineError(f"{type(error).__name__}: {error}")
         return self._loaded
+
+    def _fail(self, tickets: dict[int, TileTicket], indices: Sequence[int], error: Exception) -> None:
+        for i in indices:
+            failure = failure_of(self.name, tickets[i].job.source, error)
+            tickets[i] = dataclasses.replace(tickets[i], failure=failure)
 
     @abstractmethod
     def load(self) -> Model:
@@ -207,20 +211,27 @@ class CaptionStage(_ModelStage[Captioner]):
                 tickets[i] = dataclasses.replace(tickets[i], caption=text)
                 captions.keep(tickets[i])
             except Exception as error:
-                failure = failure_of(self.name, tickets[i].job.source, error)
-                tickets[i] = dataclasses.replace(tickets[i], failure=failure)
+                self._fail(tickets, [i], error)
 
 
 class RestoreStage(_ModelStage[Engine]):
-    """Restores tiles; the engine is loaded before the first arrives."""
+    """Restores tiles, ``together`` at once; the engine is loaded before the first arrives.
+
+    While the engine has some, those before them are measured in another thread, so that a card need not wait for that.
+    """
 
     name = "restore"
 
     def __init__(
-        self, guards: Guards, model: ModelRef | None, device: Device, load: LoadEngine = engine.load_engine
+        self,
+        guards: Guards,
+        model: ModelRef | None,
+        device: Device,
+        load: LoadEngine = engine.load_engine,
+        together: int = 1,
     ) -> None:
         super().__init__(guards)
-        self._model, self._device, self._load = model, device, load
+        self._model, self._device, self._load, self._together = model, device, load, together
         self.ready()
 
     def load(self) -> Engine:
@@ -239,35 +250,55 @@ class RestoreStage(_ModelStage[Engine]):
             tickets[i] = dataclasses.replace(tickets[i], caption=caption, prompt=prompt)
         before = list(batch["pixels"])
         pixels = list(before)
-        restored = loaded.restore([tickets[i] for i in working], [pixels[i] for i in working])
-        for i in working:
-            tickets[i] = dataclasses.replace(tickets[i], execution=loaded.execution)
-        for i, tile in zip(working, restored, strict=True):
-            try:
-                ticket, chosen = _through_gate(loaded, tickets[i], pixels[i], tile)
-                tickets[i], pixels[i] = _audited(loaded, ticket, pixels[i], chosen), chosen
-            except Exception as error:  # of a second attempt, which is this tile's alone
-                failure = failure_of(self.name, tickets[i].job.source, error)
-                tickets[i] = dataclasses.replace(tickets[i], failure=failure)
+        with ThreadPoolExecutor(1, "measure") as beside:
+            measured: dict[int, tuple[FloatImage, Future[TileTicket]]] = {}
+            for start in range(0, len(working), self._together):
+                some = working[start : start + self._together]
+                try:
+                    restored = loaded.restore([tickets[i] for i in some], [before[i] for i in some])
+                except Exception as error:  # whatever it is, it concerns these tiles alone
+                    self._fail(tickets, some, error)
+                    continue
+                for i, tile in zip(some, restored, strict=True):
+                    tickets[i] = dataclasses.replace(tickets[i], execution=loaded.execution)
+                    measured[i] = tile, beside.submit(_measured, tickets[i], before[i], tile)
+            for i, (tile, ticket) in measured.items():
+                try:
+                    tickets[i], pixels[i] = _settled(loaded, ticket.result(), before[i], tile)
+                except Exception as error:
+                    self._fail(tickets, [i], error)
         if any(new is not old for new, old in zip(pixels, before, strict=True)):  # else no copy of all is made
             batch["pixels"] = pixels
 
 
-def _through_gate(
-    engine: Engine, ticket: TileTicket, before: FloatImage, after: FloatImage
-) -> tuple[TileTicket, FloatImage]:
-    """Measure a restored tile; one that went wrong gets a second and last attempt, whatever that is like."""
+def _measured(ticket: TileTicket, before: FloatImage, after: FloatImage) -> TileTicket:
+    """The ticket with the scores of its restored tile, and with the audit if that needs no other restoration."""
     if ticket.facts is None:
         raise ValueError("the ticket carries no image facts")
-    tone = Tone(ticket.facts.tone, ticket.facts.tone_curve)
-    first = dataclasses.replace(ticket, scores=(scores := gate.measure(before, after, tone)))
-    if not gate.complaints(scores, ticket.job.settings.gate):
-        return first, after
-    again = dataclasses.replace(ticket, again=True, seed=second_seed(ticket.seed))
-    another = engine.restore_again(again, before)
-    if another is None:
-        return first, after
-    return dataclasses.replace(again, scores=gate.measure(before, another, tone)), another
+    scores = gate.measure(before, after, Tone(ticket.facts.tone, ticket.facts.tone_curve))
+    scored = dataclasses.replace(ticket, scores=scores)
+    if gate.complaints(scores, ticket.job.settings.gate) or _samples(ticket) > 1:
+        return scored
+    return _audited(scored, before, after, ())
+
+
+def _settled(
+    engine: Engine, ticket: TileTicket, before: FloatImage, after: FloatImage
+) -> tuple[TileTicket, FloatImage]:
+    """What is still to do for a measured tile: one that went wrong gets a second and last attempt, whatever that is
+    like, and others are restored with the seeds that the audit compares."""
+    if ticket.tile_audit is not None or ticket.scores is None:
+        return ticket, after
+    if gate.complaints(ticket.scores, ticket.job.settings.gate):
+        again = dataclasses.replace(ticket, again=True, seed=second_seed(ticket.seed))
+        another = engine.restore_again(again, before)
+        if another is not None:
+            ticket, after = _measured(again, before, another), another
+    if ticket.tile_audit is not None:
+        return ticket, after
+    seeds = sample_seeds(ticket.seed, _samples(ticket) - 1)
+    others = (engine.restore([dataclasses.replace(ticket, seed=seed)], [before])[0] for seed in seeds)
+    return _audited(ticket, before, after, others), after
 
 
 def _samples(ticket: TileTicket) -> int:
@@ -276,15 +307,13 @@ def _samples(ticket: TileTicket) -> int:
     return max(1, ticket.job.settings.audit_samples) if flagged else 1
 
 
-def _audited(engine: Engine, ticket: TileTicket, before: FloatImage, after: FloatImage) -> TileTicket:
-    """The ticket with the audit of its tile, if one is wanted; what is restored for it alone goes no further."""
+def _audited(ticket: TileTicket, before: FloatImage, after: FloatImage, others: Iterable[FloatImage]) -> TileTicket:
+    """The ticket with the audit of its tile, if one is wanted; ``others`` are restorations with other seeds."""
     if ticket.facts is None or ticket.box is None:
         raise ValueError("the ticket carries no image facts or no tile box")
     chosen = ticket.job.settings
     if not chosen.audit_enabled or ticket.scores is None or not ticket.scores.finite:
         return ticket
-    seeds = sample_seeds(ticket.seed, _samples(ticket) - 1)
-    others = (engine.restore([dataclasses.replace(ticket, seed=seed)], [before])[0] for seed in seeds)
     measured = audit.measure(before, after, ticket.facts, ticket.box, chosen.overlap, others)
     return dataclasses.replace(ticket, tile_audit=measured)
 

@@ -132,6 +132,7 @@ def test_outputs_do_not_depend_on_workers_batch_or_order(folder: Path) -> None:
         "--set", f"output.uri={folder / 'wide'}",
         "--set", "runtime.actors=2",
         "--set", "runtime.batch=3",
+        "--set", "runtime.images_in_flight=2",  # fewer than would fill a batch: nobody may wait for it to be full
     )  # fmt: skip
     assert wide.returncode == 0, wide.stderr
     assert images(folder / "wide") == alone
