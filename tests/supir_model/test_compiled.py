@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 from supir_model.attention import fuse_projections
 from supir_model.compiled import CompiledNetworks
 from supir_model.config import TINY
+from supir_model.float8 import use_float8
 from supir_model.memory import Rung
 from supir_model.model import Request, Sampling, SupirModel
 from supir_model.networks import Conditioning, Networks
@@ -36,16 +39,17 @@ def requests() -> list[Request]:
     return [Request(torch.rand(3, 72, side, generator=generator) * 2 - 1, "p", "blurry", side) for side in (80, 40)]
 
 
+def _kept(graphs: list[torch.fx.GraphModule], graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+    """A backend that runs programs as they are, and shows them."""
+    graphs.append(graph)
+    return graph.forward
+
+
 def test_full_windows_run_compiled_in_one_program_and_give_the_same(fused: Networks) -> None:
     """One graph without a break, compiled once for all steps; the narrow image's windows run as they are."""
     graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-        graphs.append(graph)
-        return graph.forward
-
     plain = SupirModel(fused, TINY, CPU, rungs=[Rung(2)])
-    model = SupirModel(fused, TINY, CPU, rungs=[Rung(2)], backend=backend)
+    model = SupirModel(fused, TINY, CPU, rungs=[Rung(2)], backend=partial(_kept, graphs))
     for ours, wanted in zip(model.restore(requests(), SAMPLING), plain.restore(requests(), SAMPLING), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
     assert len(graphs) == 1
@@ -53,6 +57,21 @@ def test_full_windows_run_compiled_in_one_program_and_give_the_same(fused: Netwo
     with model.in_float32():
         model.restore(requests(), SAMPLING)
         assert model.execution == "window batch 2"
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # of diffusers, in bfloat16
+def test_products_in_float8_are_a_part_of_the_program(fused: Networks) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+    networks = copy.deepcopy(fused)
+    for net in (networks.control, networks.unet):
+        use_float8(net.bfloat16(), CPU)
+    plain = SupirModel(networks, TINY, CPU, "float8", rungs=[Rung(2)])
+    model = SupirModel(networks, TINY, CPU, "float8", rungs=[Rung(2)], backend=partial(_kept, graphs))
+    for ours, wanted in zip(model.restore(requests(), SAMPLING), plain.restore(requests(), SAMPLING), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
+    (graph,) = graphs
+    assert model.execution == "window batch 2, compiled"
+    assert sum("scaled_mm" in str(node.target) for node in graph.graph.nodes) > 1
 
 
 def test_what_cannot_be_compiled_runs_all_the_same_and_says_so(fused: Networks) -> None:
