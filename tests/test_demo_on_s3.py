@@ -22,6 +22,8 @@ from tests.servers.swift import S3Server
 
 pytest.importorskip("skimage", reason="the demo's photographs come with scikit-image")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def local_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -66,7 +68,7 @@ def manifest(engine: str) -> bytes:
     return yaml.safe_dump(settings).encode()
 
 
-@pytest.mark.parametrize("engine", ["lanczos", pytest.param("supir", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["lanczos", "supir"])
 def test_the_demo_runs_on_s3(s3: str, local_demo: Path, tmp_path: Path, engine: str) -> None:
     home = f"{s3}/demo"
     upload(local_demo / "archive", f"{home}/archive")

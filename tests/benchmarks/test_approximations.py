@@ -5,7 +5,7 @@ import pytest
 from tests.benchmarks.conftest import Run
 
 
-@pytest.mark.parametrize("weights", ["tiny", "random"])
+@pytest.mark.parametrize("weights", [pytest.param("tiny", marks=pytest.mark.slow), "random"])
 def test_what_changes_errs_and_what_is_left_out_is_not_computed(run: Run, weights: str) -> None:
     measured, printed, code = run("approximations", "--weights", weights, "--images", "1", "--steps", "4")
     assert code == 0
