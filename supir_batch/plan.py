@@ -594,7 +594,8 @@ def _compare(work: _Work) -> _Log:
     last = attempt[_newest(attempt["row"], attempt["age"])]
     del attempt, same
 
-    newest = made[_newest(made["row"].astype(np.int64) * len(words.texts) + made["extension"], made["age"])]
+    kept = _newest(made["row"].astype(np.int64) * len(words.texts) + made["extension"], made["age"])
+    newest = made[np.sort(kept)]  # in the order of the log, which tells of two of the same age which is newer
     newest = newest[newest["counts"]]  # an output that later work has written over does not
     newest = newest[mask(work.rows, len(work.table))[newest["row"]]]
     newest = newest[_newest(newest["row"], newest["age"])]

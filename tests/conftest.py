@@ -36,13 +36,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The tensors of the tests are small: threads would only wait for each other, long where cores are shared."""
-    threads = torch.get_num_threads()
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """The tensors of the tests are small: threads would only wait for each other, long where cores are shared.
+
+    For each test anew, as an engine that one of them loads takes all cores.
+    """
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

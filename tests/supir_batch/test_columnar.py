@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -204,10 +204,15 @@ ATTEMPTS = st.lists(
     ),
     max_size=12,
 )
+_SOUND = {"image": 0, "steps": 10, "place": "own", "kind": None, "change": None, "second": 0, "there": True}
+AT_ONE_TIME = [_SOUND | {"kind": "truncated", "extension": ".tif"}] + [
+    _SOUND | {"extension": extension} for extension in (".png", ".tif", ".png")
+]
 
 
 @hypothesis_settings(deadline=None, max_examples=150)
 @given(attempts=ATTEMPTS, vouched=st.sets(st.integers(0, 4)), part_rows=st.integers(1, 5), retry=st.booleans())
+@example(attempts=AT_ONE_TIME, vouched=set(), part_rows=1, retry=False)
 def test_a_plan_in_columns_is_the_plan_of_a_loop(
     tmp_path_factory: pytest.TempPathFactory,
     attempts: list[dict[str, Any]],
