@@ -25,12 +25,12 @@ from unittest import mock
 
 import torch
 from common import table
-from gpu import PROMPT, Setup, arguments, digits, draw_networks, machine, picture, report, setup_of, write_model
+from gpu import Setup, arguments, digits, draw_networks, machine, picture, report, requests, setup_of, write_model
 from torch import Tensor
 
 from supir_model import model as model_module
 from supir_model.config import Precision
-from supir_model.model import Request, Sampling, SupirModel
+from supir_model.model import Sampling, SupirModel
 
 TARGETS: dict[Precision, float] = {"bfloat16": 2e-2, "float8": 5e-2}
 
@@ -84,15 +84,14 @@ def _measure(source: str | Path, setup: Setup, count: int, steps: int | None) ->
             latents, computed = _latents(model, images, narrow)
             words = f"guidance from {low:g}" + (f" to {high:g}" if math.isfinite(high) else "")
             rows.append({"changed": words, "error": _error(latents, exact), "work": digits(computed / whole)})
-        del model
+        del model  # before the next one comes to the card
     return rows
 
 
 def _latents(model: SupirModel, images: Sequence[Tensor], sampling: Sampling) -> tuple[list[Tensor], int]:
     """The final latents, and how many rows the networks computed for them."""
-    negative = model.config.negative_prompt
     with _watched(model) as (latents, rows):
-        model.restore([Request(image, f"{PROMPT}, {i}", negative, seed=i) for i, image in enumerate(images)], sampling)
+        model.restore(requests(model, images), sampling)
     return latents, sum(rows)
 
 

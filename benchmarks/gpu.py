@@ -32,15 +32,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import supir_batch
 from supir_batch.bookkeeping import peak_memory_bytes
-from supir_model.attention import fuse_projections
 from supir_model.compiled import CompiledNetworks
 from supir_model.config import V0F, ControlConfig, ModelConfig, Precision, TowerConfig, UNetConfig, VAEConfig
 from supir_model.first_stage import FirstStage, autocast
-from supir_model.float8 import use_float8
 from supir_model.folder import FORMAT, VOCABULARY, Description
 from supir_model.loading import FORMATS
 from supir_model.memory import Rung
-from supir_model.model import Request, Sampling, SupirModel
+from supir_model.model import Request, Sampling, SupirModel, fit
 from supir_model.networks import Conditioning, Networks, build_on_meta
 from supir_model.sampler import windows_of
 from supir_model.text import SDXLTextEncoder, read_words
@@ -164,14 +162,8 @@ def build(setup: Setup, window_batch: int = 1) -> SupirModel:
     window_batch: windows that the networks see at once; fewer are filled up to it.
     """
     networks = draw_networks(setup, setup.precision)
-    on_card = setup.device.type == "cuda"
-    if on_card:
-        fuse_projections(networks.control)
-        fuse_projections(networks.unet)
-    if setup.precision == "float8":
-        use_float8(networks.control, setup.device)
-        use_float8(networks.unet, setup.device)
-    backend = "inductor" if on_card else None
+    fit(networks, setup.device, setup.precision)
+    backend = "inductor" if setup.device.type == "cuda" else None
     return SupirModel(networks, setup.config, setup.device, setup.precision, (Rung(window_batch),), backend)
 
 
@@ -235,9 +227,13 @@ def restore(model: SupirModel, images: Sequence[Tensor], steps: int) -> list[Ten
     """Restore images [3, H, W] in [-1, 1] with the settings of the model's preset ``fidelity``, in one call."""
     values = replace(model.config.presets["fidelity"], steps=steps)
     sampling = Sampling.of(values, model.config.window, model.config.stride)
+    return model.restore(requests(model, images), sampling)
+
+
+def requests(model: SupirModel, images: Sequence[Tensor]) -> list[Request]:
+    """To restore each image with a prompt and a seed of its own."""
     negative = model.config.negative_prompt
-    requests = [Request(image, f"{PROMPT}, {i}", negative, seed=i) for i, image in enumerate(images)]
-    return model.restore(requests, sampling)
+    return [Request(image, f"{PROMPT}, {i}", negative, seed=i) for i, image in enumerate(images)]
 
 
 def network_call(model: SupirModel, setup: Setup, rows: int) -> Callable[[], Tensor]:

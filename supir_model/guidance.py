@@ -47,7 +47,7 @@ class GuidedDenoiser:
         guides: Sequence[Guide],
         cfg_start: float,
         cfg_end: float,
-        guided_sigmas: tuple[float, float] = ALL_SIGMAS,
+        guided_sigmas: tuple[float, float],
     ) -> None:
         self._networks, self._config, self._guides = networks, config, guides
         self._cfg_start, self._cfg_end, self._guided_sigmas = cfg_start, cfg_end, guided_sigmas

@@ -124,6 +124,18 @@ class _Seen:
     center: Tensor
 
 
+def fit(networks: Networks, device: torch.device, precision: Precision) -> None:
+    """Make the denoising networks compute as ``device`` does it best: once, before they work in ``precision``.
+
+    Raises RequestError if the device has no such precision.
+    """
+    for net in (networks.control, networks.unet):
+        if device.type == "cuda":
+            fuse_projections(net)
+        if precision == "float8":
+            use_float8(net, device)
+
+
 class SupirModel:
     """Networks, their configuration and the device they live on.
 
@@ -165,7 +177,8 @@ class SupirModel:
         """Load a model: ``tiny``, the folder of a converted one, or published files (``weights.Checkpoint``).
 
         device: torch device, default CUDA where there is one. window_batch: windows that the networks see at once; on
-        CUDA at most, if memory allows, and the networks are compiled there. Raises WeightsError.
+        CUDA at most, if memory allows, and the networks are compiled there. Raises WeightsError, and RequestError if
+        the device has no such precision.
         """
         began, target = time.perf_counter(), device_of(device)
         try:
@@ -174,12 +187,7 @@ class SupirModel:
             networks, config = load_networks(source, torch.device("cpu"), precision)
         networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         cuda = target.type == "cuda"
-        if cuda:
-            fuse_projections(networks.control)
-            fuse_projections(networks.unet)
-        if precision == "float8":
-            use_float8(networks.control, target)
-            use_float8(networks.unet, target)
+        fit(networks, target, precision)
         rungs = memory.rungs_of(window_batch)
         asked = (Rung(window_batch), *rungs[1:])
         model = cls(networks, config, target, precision, asked, backend="inductor" if cuda else None)
@@ -300,9 +308,8 @@ class SupirModel:
                 for request, one in zip(requests, seen, strict=True)
             ]
             run = partial(self._run, None if rung.offload else sampling.sampler.window)
-            guided = GuidedDenoiser(
-                run, self.config, guides, sampling.cfg_start, sampling.cfg_end, sampling.guided_sigmas
-            )
+            cfg = sampling.cfg_start, sampling.cfg_end
+            guided = GuidedDenoiser(run, self.config, guides, *cfg, sampling.guided_sigmas)
             return sample(guided, [one.center for one in seen], noise, sampling.sampler, rung.window_batch)
 
         latents = attempt(sampled)
