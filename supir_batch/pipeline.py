@@ -171,7 +171,7 @@ def _captioned(
         num_gpus=need.gpus,
         accelerator_type=need.accelerator,
         num_cpus=0,
-        batch_size=min(runtime.caption_batch, runtime.images_in_flight),
+        batch_size=min(runtime.caption_batch, runtime.images_in_flight),  # as in _handed_over
     )
 
 

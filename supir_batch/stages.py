@@ -287,9 +287,7 @@ def _settled(
 ) -> tuple[TileTicket, FloatImage]:
     """What is still to do for a measured tile: one that went wrong gets a second and last attempt, whatever that is
     like, and others are restored with the seeds that the audit compares."""
-    if ticket.tile_audit is not None or ticket.scores is None:
-        return ticket, after
-    if gate.complaints(ticket.scores, ticket.job.settings.gate):
+    if ticket.scores is not None and gate.complaints(ticket.scores, ticket.job.settings.gate):
         again = dataclasses.replace(ticket, again=True, seed=second_seed(ticket.seed))
         another = engine.restore_again(again, before)
         if another is not None:
