@@ -25,13 +25,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
@@ -202,20 +203,31 @@ def _stream(
             _look_for_place(need, runtime, listener)
         for _ in range(_PASSES):
             if todo and not stop.is_set():
-                with _ledger(runtime, len(todo), meters, stop) as ledger:
-                    _collect(rows(todo, ledger), ledger, ended, on_row)
+                with (
+                    _ledger(runtime, len(todo), meters, stop) as ledger,
+                    contextlib.closing(_read(rows(todo, ledger))) as tables,
+                ):
+                    _collect(tables, ledger, ended, on_row)
             todo = [job for job in todo if job.source.id not in ended]
     isolation.remove_notes(run_id)
     if todo and not stop.is_set():
         raise EngineError(f"{len(todo)} images came to no end in {_PASSES} attempts; look at Ray's logs, and run again")
 
 
+def _read(rows: ray.data.Dataset) -> Generator[pa.Table]:
+    """The rows as they come; closing ends the stream."""
+    # not by iter_batches: a thread of it outlives a loop that is left, and should that ask Ray for a block once Ray
+    # has been shut down, Ray ends the process without a word
+    for bundle in rows.iter_internal_ref_bundles():
+        yield from ray.get([entry.ref for entry in bundle.blocks])
+
+
 def _collect(
-    rows: ray.data.Dataset, ledger: _Ledger, ended: dict[str, str | None], on_row: Callable[[Row], None]
+    tables: Iterable[pa.Table], ledger: _Ledger, ended: dict[str, str | None], on_row: Callable[[Row], None]
 ) -> None:
     """Hand on all rows; once the blank one says that nothing more is let in, those of images that were."""
     closed = False
-    for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+    for table in tables:
         for row in table.to_pylist():
             if row["id"] is None:
                 closed = True

@@ -142,10 +142,9 @@ def test_of_two_rows_of_one_image_the_later_is_true_and_one_counts(
     row = runlog.to_row(outcome, "run")
     early = row | {"record_sha256": "0" * 64, "finished_at": row["finished_at"] - datetime.timedelta(seconds=1)}
     written = pa.Table.from_pylist([row, early, row], schema=runlog.SCHEMA)
-    rows = SimpleNamespace(iter_batches=lambda **_: [written])
 
     def stream(jobs: list[Any], runtime: Any, listener: Any, run_id: str, stop: driver.Stop, load: Any) -> None:
-        pipeline._collect(rows, SimpleNamespace(retire=print), {}, listener.on_row)  # type: ignore[arg-type]
+        pipeline._collect([written], SimpleNamespace(retire=print), {}, listener.on_row)  # type: ignore[arg-type]
 
     monkeypatch.setattr(pipeline, "run", stream)
     (tmp_path / "m.yaml").write_text("inputs: x")

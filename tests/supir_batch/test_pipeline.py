@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -157,3 +158,25 @@ def test_weights_that_cannot_be_loaded_end_the_run_in_one_line(folder: Path) -> 
     assert "supir-tiny.safetensors cannot be read" in errors[0]
     assert "Traceback" not in ended.stderr
     assert not images(folder / "out")
+
+
+LEAVES_EARLY = """
+import contextlib, threading, ray
+from supir_batch import pipeline
+from supir_batch.settings import Runtime
+
+with pipeline._ray(Runtime(), verbose=False):
+    before = set(threading.enumerate())
+    with contextlib.closing(pipeline._read(ray.data.range(100, override_num_blocks=100))) as tables:
+        rows = next(tables).num_rows
+    left = [thread.name for thread in set(threading.enumerate()) - before]
+print(rows, left)
+"""
+
+
+@pytest.mark.slow
+def test_a_stream_that_is_left_leaves_no_thread_that_could_ask_ray_after_its_shutdown() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", LEAVES_EARLY], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, "1 []\n"), ended.stderr
