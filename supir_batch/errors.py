@@ -5,7 +5,7 @@ SupirBatchError
 ├── StoreError         a URI cannot be listed, read or written
 │   └── TransientStoreError   ... and trying again can help
 ├── LeaseError         another run is writing to the same output (exit 5)
-├── ClusterError       a Ray cluster cannot be reached, or does not take a job
+├── ClusterError       a Ray cluster cannot be reached, dies under a run, or does not take a job
 ├── EngineError        the engine or the captioner cannot be loaded, so no image can be restored; ends the run
 └── ImageError         one image cannot be read, restored or written; becomes a failed outcome
 """
@@ -57,7 +57,7 @@ class LeaseError(SupirBatchError):
 
 
 class ClusterError(SupirBatchError):
-    """A Ray cluster cannot be reached, or does not take a job; trying again can help."""
+    """A Ray cluster cannot be reached, dies under a run, or does not take a job; trying again can help."""
 
     kind = "cluster"
     retryable = True

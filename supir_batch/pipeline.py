@@ -21,6 +21,7 @@ import io
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -29,7 +30,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -70,6 +71,8 @@ _LARGE_BLOCK_BYTES = 160 * 2**20  # where tiles take no time, so that what a blo
 _FED_TOGETHER = 16  # images, at most
 _BATCHES_OF_A_CARD = 4
 _PASSES = 3
+_GONE_S = 5.0  # where nobody listens any more
+_SILENT_S = 45.0  # a network, or the head of a cluster, may come back; Ray itself waits for 60
 _STOP_WAIT_S = 1800
 
 
@@ -88,7 +91,7 @@ def run(
 
     ``load`` is called once in each restoring worker, by default ``engine.load_engine``. An exception that ``on_row``
     raises stops the run; what was committed until then stays. Raises EngineError if the engine or the captioner cannot
-    be loaded, or if this machine, on its own, has no place for their workers.
+    be loaded, or if this machine, on its own, has no place for their workers; ClusterError if Ray dies under the run.
     """
     at_once = load is None and all(job.model is None for job in jobs)  # the baseline, whose tiles take no time
     load = load or partial(load_engine, window_batch=runtime.batch)
@@ -137,7 +140,7 @@ def caption(jobs: Sequence[Job], runtime: Runtime, listener: Listener, run_id: s
     """Caption the images of those jobs whose prompt is left to the captioner, and restore nothing.
 
     The listener gets a run-log row for each, with its caption or its failure, in any order. Raises EngineError if the
-    captioner cannot be loaded, or if this machine, on its own, has no place for its workers.
+    captioner cannot be loaded, or if this machine, on its own, has no place for its workers; ClusterError if Ray dies.
     """
 
     def rows(todo: Sequence[Job], ledger: _Ledger) -> ray.data.Dataset:
@@ -198,7 +201,7 @@ def _stream(
             _count(row, meters)
         listener.on_row(row)
 
-    with _ray(runtime, listener.verbose):
+    with _ray(runtime, listener.verbose), _watched(runtime):
         for need in needs:
             _look_for_place(need, runtime, listener)
         for _ in range(_PASSES):
@@ -503,6 +506,54 @@ def _ray(runtime: Runtime, verbose: bool) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _watched(runtime: Runtime) -> Iterator[None]:
+    """Raise ClusterError in the body when Ray is gone: within a minute it would end this process, without a word."""
+    context = ray.get_runtime_context()
+    here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    places = {  # with how long nobody may listen there
+        "Ray's head": (context.gcs_address, _SILENT_S if runtime.address else _GONE_S),
+        "Ray on this machine": (f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}", _GONE_S),
+    }
+    over, gone = threading.Event(), ""
+
+    def watch() -> None:
+        nonlocal gone
+        heard = dict.fromkeys(places, time.monotonic())
+        while not gone and not over.wait(1):
+            for name, (address, patience) in places.items():
+                error = _unreachable(address)
+                if error is None:
+                    heard[name] = time.monotonic()
+                silent = time.monotonic() - heard[name]
+                if silent > (patience if isinstance(error, ConnectionRefusedError) else _SILENT_S):
+                    gone = f"{name} ({address}) has not answered for {silent:.0f} s: {error}"
+        if gone:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)  # wakes it, whatever it waits for
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        raise ClusterError(f"{gone}; the same command resumes, and Ray's logs may say why")
+
+    before = signal.signal(signal.SIGUSR1, give_up)
+    watcher = threading.Thread(target=watch, name="watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _unreachable(address: str) -> OSError | None:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+    except OSError as error:
+        return error
+    return None
 
 
 # --- jobs ----------------------------------------------------------------------------------------------------------

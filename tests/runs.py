@@ -55,9 +55,9 @@ def images(output: Path) -> dict[str, bytes]:
     }
 
 
-def wait_for_workers_to_end(driver: int) -> None:
-    """Ray's processes notice the driver's death by themselves; they share its session."""
-    deadline = time.monotonic() + 60
+def wait_for_workers_to_end(driver: int, seconds: float = 60) -> None:
+    """Ray's processes notice the driver's death by themselves; they share its session. What is left then is ended."""
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         alive = []
         for stat in Path("/proc").glob("[0-9]*/stat"):

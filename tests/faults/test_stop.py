@@ -1,9 +1,10 @@
-"""Runs that are asked to stop, and two runs for one output."""
+"""Runs that are asked to stop, runs under which Ray dies, and two runs for one output."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -79,6 +80,26 @@ def test_a_second_signal_stops_at_once(archive: Path) -> None:
     _, stderr = process.communicate(timeout=60)
     assert process.returncode in (130, 4), stderr  # 4: it was done with what was on its way before the second came
     wait_for_workers_to_end(process.pid)
+    assert_whole(archive)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("program", "words"), [("raylet", "Ray on this machine"), ("gcs_server", "Ray's head")])
+def test_a_run_says_that_ray_has_died_under_it_and_is_resumed(archive: Path, program: str, words: str) -> None:
+    out = archive.parent / "out"
+    process = started(archive)
+    (ray,) = [
+        int(child)
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if Path(f"/proc/{child}/comm").read_text().strip() == program
+    ]
+    os.kill(ray, signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 4, stderr
+    assert re.search(rf"^error: {words} \(.*\) has not answered for \d+ s: .*refused; the same", stderr, re.M), stderr
+    assert "Traceback" not in stderr
+    assert json.loads(stdout)["done"] == len(log_rows(out)) >= 3
+    wait_for_workers_to_end(process.pid, 5)  # Ray's agents look for its head for minutes
     assert_whole(archive)
 
 
