@@ -25,9 +25,12 @@ from common import make_photographs, table
 os.environ.setdefault("OPENCV_FOR_THREADS_NUM", "1")  # as in the workers of a run
 os.environ.setdefault("VIPS_CONCURRENCY", "1")
 
-from supir_batch import audit, gate, settings, write
+from supir_batch import audit, gate, write
 from supir_batch.color import Tone
 from supir_batch.decode import decode
+from supir_batch.identity import settings_hash
+from supir_batch.resolve import resolve
+from supir_batch.settings import Manifest
 from supir_batch.types import Job, Source
 
 _UPSCALE = 2.0
@@ -43,7 +46,7 @@ def main() -> None:
     folder = given.folder / "audit-cost"
     shutil.rmtree(folder, ignore_errors=True)
     paths = make_photographs(folder / "in", given.images, given.format)
-    manifest = settings.Manifest.model_validate(
+    manifest = Manifest.model_validate(
         {"inputs": [str(folder)], "output": {"uri": str(folder)}, "engine": {"name": "lanczos", "upscale": _UPSCALE}}
     )
     spent: Counter[str] = Counter()
@@ -56,11 +59,11 @@ def main() -> None:
     print(f"audit / (decode + gate + write) = {spent['audit'] / rest:.2f}, of {megapixels:.0f} megapixels of outputs")
 
 
-def _one(path: Path, output: Path, manifest: settings.Manifest, spent: Counter[str]) -> float:
+def _one(path: Path, output: Path, manifest: Manifest, spent: Counter[str]) -> float:
     """Restore one photograph; returns the megapixels of its output."""
     source = Source(path.stem, str(path), "benchmark", path.name, "v", path.stat().st_size)
-    chosen = settings.resolve(manifest, source, "")
-    job = Job(source, chosen, settings.settings_hash(chosen), str(output / path.stem), str(output))
+    chosen = resolve(manifest, source, "")
+    job = Job(source, chosen, settings_hash(chosen), str(output / path.stem), str(output))
     with _timed(spent, "decode"):
         (tile,) = decode(job, 1)
     ticket = tile.ticket

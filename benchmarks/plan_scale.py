@@ -26,8 +26,8 @@ import pyarrow.parquet as pq
 
 from supir_batch import runlog
 from supir_batch.bookkeeping import peak_memory_bytes
+from supir_batch.manifest_file import load_manifest
 from supir_batch.plan import make_plan
-from supir_batch.settings import load_manifest
 from supir_batch.types import Outcome, TileTicket
 
 _SECONDS, _BYTES = 10, 10**9

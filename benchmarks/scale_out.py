@@ -30,8 +30,8 @@ from common import load, make_photographs, table
 from supir_batch import pipeline, runlog
 from supir_batch.engine import Device, LanczosEngine
 from supir_batch.events import Listener
+from supir_batch.manifest_file import load_manifest
 from supir_batch.plan import make_plan
-from supir_batch.settings import load_manifest
 from supir_batch.types import FloatImage, ModelRef, TileTicket
 
 

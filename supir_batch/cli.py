@@ -262,7 +262,7 @@ def submit(
         from pathlib import Path
 
         from supir_batch import pipeline, runlog, store
-        from supir_batch.settings import to_yaml
+        from supir_batch.manifest_file import to_yaml
 
         job = f"supir-batch-{runlog.new_run_id()}"
         options = ["--set", "runtime.address=auto", *context.args]
@@ -443,7 +443,7 @@ def show_config(
 ) -> None:
     """Show every setting with the value that will be used and where it comes from."""
     with _errors(debug):
-        from supir_batch.settings import explain
+        from supir_batch.resolve import explain
 
         explained = explain(_load(manifest, overrides))
         if as_json:
@@ -549,7 +549,7 @@ def evaluate(
     """Measure a model: degrade photographs, restore them in several ways, compare with what they were."""
     with _errors(debug):
         from supir_batch import store
-        from supir_batch.settings import load_manifest, manifest_of_folder
+        from supir_batch.manifest_file import load_manifest, manifest_of_folder
 
         pairs = _pairs(overrides)
         pairs |= {"engine.preset": preset} if preset else {}
@@ -762,7 +762,7 @@ def _complain(error: Exception, debug: bool) -> None:
 
 
 def _load(manifest_uri: str, overrides: list[str] | None) -> Manifest:
-    from supir_batch.settings import load_manifest
+    from supir_batch.manifest_file import load_manifest
 
     return load_manifest(manifest_uri, _pairs(overrides))
 

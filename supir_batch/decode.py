@@ -20,6 +20,7 @@ from supir_batch import (
     color,
     commit,
     encode,
+    identity,
     metadata,
     parts,
     probe,
@@ -27,7 +28,6 @@ from supir_batch import (
     regions,
     released,
     resample,
-    settings,
     store,
     tiles,
 )
@@ -234,8 +234,8 @@ def _identify(blank: TileTicket, path: Path, header: probe.Header) -> TileTicket
         blank,
         job=seen,
         facts=_facts(job, header, sha256),
-        fingerprint=settings.fingerprint(sha256, job.settings_sha256),
-        seed=settings.item_seed(job.settings, sha256),
+        fingerprint=identity.fingerprint(sha256, job.settings_sha256),
+        seed=identity.item_seed(job.settings, sha256),
     )
 
 

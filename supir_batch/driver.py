@@ -23,7 +23,8 @@ from supir_batch.engine import LoadEngine
 from supir_batch.errors import StoreError, SupirBatchError
 from supir_batch.events import Events, Listener, Talk
 from supir_batch.plan import Plan, RefusedJob
-from supir_batch.settings import Manifest, explain
+from supir_batch.resolve import explain
+from supir_batch.settings import Manifest
 from supir_batch.types import Outcome, TileTicket
 
 EXIT_DONE, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_STOPPED = 0, 2, 3, 4

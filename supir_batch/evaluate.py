@@ -22,7 +22,7 @@ from supir_batch import color, commit, decode, encode, resample, stitch, store, 
 from supir_batch.captioner import Captioner, load_captioner
 from supir_batch.engine import Device, Engine, SupirEngine, alignment, full_prompt, to_tensor
 from supir_batch.errors import ImageError, ManifestError, StoreError
-from supir_batch.settings import item_seed, settings_hash
+from supir_batch.identity import item_seed, settings_hash
 from supir_batch.types import FloatImage, Job, Settings, TileBox, TileTicket
 from supir_model.metrics import Metrics
 from supir_model.training.degradations import BENCHMARKS, Benchmark

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from supir_batch import encode, resample, store
 from supir_batch.evaluate import NO_DEGRADATION, SAMPLED, STAGE_1, Comparison, LeftOut
-from supir_batch.settings import settings_hash
+from supir_batch.identity import settings_hash
 from supir_batch.types import FloatImage, Settings
 from supir_model.metrics import HIGHER_IS_BETTER, METRICS, NO_REFERENCE
 from supir_model.training.degradations import BENCHMARKS

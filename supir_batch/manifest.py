@@ -35,7 +35,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from supir_batch import store
 from supir_batch.errors import ManifestError, StoreError, refuse
-from supir_batch.settings import MAX_SEED, Manifest, Material, plain_words
+from supir_batch.manifest_file import plain_words
+from supir_batch.settings import MAX_SEED, Manifest, Material
 from supir_batch.types import Failure, Source
 
 IMAGE_EXTENSIONS = {

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from supir_batch import review, runlog, store
 from supir_batch.captions import CAPTIONS_FOLDER
 from supir_batch.errors import ManifestError, StoreError, refuse
+from supir_batch.identity import IDENTIFYING, settings_hash
 from supir_batch.manifest import (
     IMAGE_EXTENSIONS,
     SOURCES,
@@ -51,7 +52,8 @@ from supir_batch.manifest import (
     split,
 )
 from supir_batch.parts import PARTS_FOLDER
-from supir_batch.settings import IDENTIFYING, Manifest, resolve, settings_hash
+from supir_batch.resolve import resolve
+from supir_batch.settings import Manifest
 from supir_batch.types import Failure, Job, ModelRef, Settings, Source
 
 AUDIT_FOLDER = "_audit"

@@ -20,7 +20,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstrai
 
 from supir_batch import runlog, store
 from supir_batch.errors import ManifestError, StoreError, refuse
-from supir_batch.settings import Preset, plain_words
+from supir_batch.manifest_file import plain_words
+from supir_batch.settings import Preset
 from supir_batch.types import Verdict
 
 REVIEWS_FOLDER = "reviews"

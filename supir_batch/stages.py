@@ -28,8 +28,8 @@ from supir_batch.color import Tone
 from supir_batch.decode import decode, preview
 from supir_batch.engine import Device, Engine, LoadEngine
 from supir_batch.errors import EngineError
+from supir_batch.identity import sample_seeds, second_seed
 from supir_batch.isolation import Guards, Item
-from supir_batch.settings import sample_seeds, second_seed
 from supir_batch.types import FloatImage, Job, ModelRef, Outcome, TileTicket
 from supir_batch.write import refused, write
 

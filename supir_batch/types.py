@@ -56,7 +56,7 @@ class Source:
 class Settings:
     """Everything besides the source's bytes that decides the output: resolved, with no default left open.
 
-    Hashed canonically (``settings.settings_hash``) into the fingerprint, and written to log, sidecar and metadata.
+    Hashed canonically (``identity.settings_hash``) into the fingerprint, and written to log, sidecar and metadata.
     """
 
     engine: str  # "supir" | "lanczos"

@@ -32,8 +32,8 @@ from supir_batch import (
 from supir_batch.bookkeeping import Stopwatch, failure_of
 from supir_batch.commit import Committed
 from supir_batch.errors import ImageError, StoreError
+from supir_batch.identity import item_seed, second_seed
 from supir_batch.parts import Part
-from supir_batch.settings import item_seed, second_seed
 from supir_batch.signing import Signed
 from supir_batch.stitch import Stitched
 from supir_batch.types import Failure, FloatImage, ImageFacts, Outcome, Settings, TileBox, TileTicket

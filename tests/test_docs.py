@@ -24,8 +24,9 @@ import tifffile
 import yaml
 
 from supir_batch import store
+from supir_batch.manifest_file import load_manifest
 from supir_batch.plan import Plan, make_plan
-from supir_batch.settings import Manifest, load_manifest
+from supir_batch.settings import Manifest
 from tests.documents import PAGES, ROOT, blocks, commands, parse
 from tests.runs import log_rows, photograph
 from tests.supir_batch.test_settings import model_folder

@@ -19,8 +19,8 @@ from PIL import Image
 
 from supir_batch import export, models, store
 from supir_batch.errors import ManifestError, StoreError, SupirBatchError
+from supir_batch.manifest_file import load_manifest
 from supir_batch.plan import make_plan
-from supir_batch.settings import load_manifest
 
 # Dots and slashes of all kinds, what is invisible or turns the direction, what systems strip, and plain letters.
 PIECES = [

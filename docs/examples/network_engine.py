@@ -10,8 +10,9 @@ import torch
 from supir_batch import store
 from supir_batch.driver import Limits, execute
 from supir_batch.events import Talk
+from supir_batch.identity import settings_hash
+from supir_batch.manifest_file import load_manifest
 from supir_batch.plan import make_plan
-from supir_batch.settings import load_manifest, settings_hash
 
 
 class NetworkEngine:

@@ -29,12 +29,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from supir_batch import __version__, audit, review, runlog, store
+from supir_batch.manifest_file import manifest_name
 from supir_batch.plan import REPORT_FOLDER
 from supir_batch.progress import progress
 from supir_batch.report import details
 from supir_batch.report.renditions import Shown, folder_of, render
 from supir_batch.report.scores import FLAGS, SCORES
-from supir_batch.settings import manifest_name
 
 PIECE = 200
 """Images whose pages are in one file."""

@@ -214,7 +214,7 @@ import json, os, sys, threading, time
 from supir_batch import pipeline
 from supir_batch.events import Listener
 from supir_batch.plan import make_plan
-from supir_batch.settings import load_manifest
+from supir_batch.manifest_file import load_manifest
 
 class Slow:
     def __init__(self):

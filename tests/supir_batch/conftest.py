@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from supir_batch.decode import decode
+from supir_batch.identity import settings_hash
 from supir_batch.isolation import Begun, Book, Guards, Item, Worker, remove_notes
-from supir_batch.settings import settings_hash
 from supir_batch.types import FloatImage, Job, Outcome, Settings, Sidecar, SigningKey, Source
 from supir_batch.write import write
 

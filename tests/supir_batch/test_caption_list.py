@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from supir_batch import caption_list, runlog
 from supir_batch.cli import app
 from supir_batch.manifest import list_sources
-from supir_batch.settings import load_manifest
+from supir_batch.manifest_file import load_manifest
 from supir_batch.types import Failure, Job, Outcome, TileTicket
 
 OnRow = Callable[[dict[str, Any]], None]

@@ -22,8 +22,8 @@ from supir_batch.captioner import load_captioner
 from supir_batch.decode import preview
 from supir_batch.errors import EngineError
 from supir_batch.isolation import Guards
+from supir_batch.manifest_file import load_manifest
 from supir_batch.plan import make_plan
-from supir_batch.settings import load_manifest
 from supir_batch.types import FloatImage, Job, TileTicket
 
 COMMAND = [sys.executable, "-m", "supir_batch"]

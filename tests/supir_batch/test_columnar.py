@@ -22,9 +22,11 @@ from pydantic import ValidationError
 
 from supir_batch import runlog, store
 from supir_batch.errors import ManifestError, StoreError
+from supir_batch.identity import settings_hash
 from supir_batch.manifest import ListRow, _from_row, _row_problems, list_sources
 from supir_batch.plan import QUARANTINED, Plan, Selection, make_plan
-from supir_batch.settings import Manifest, resolve, settings_hash
+from supir_batch.resolve import resolve
+from supir_batch.settings import Manifest
 from supir_batch.types import Failure, Job, Outcome, Source, TileTicket
 
 SHA = "ab" * 32

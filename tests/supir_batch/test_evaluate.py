@@ -19,8 +19,8 @@ from supir_batch.cli import app
 from supir_batch.engine import SupirEngine
 from supir_batch.evaluate import Asked, Comparison, compare
 from supir_batch.evaluation_report import Evaluation, grid
+from supir_batch.manifest_file import manifest_of_folder
 from supir_batch.plan import make_plan
-from supir_batch.settings import manifest_of_folder
 from supir_batch.types import FloatImage, TileTicket
 from supir_model.config import TINY
 from supir_model.convert import write

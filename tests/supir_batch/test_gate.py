@@ -19,8 +19,8 @@ from supir_batch import gate, runlog
 from supir_batch.color import Tone, measure_tone
 from supir_batch.decode import decode
 from supir_batch.engine import Engine
+from supir_batch.identity import item_seed, second_seed
 from supir_batch.isolation import Guards
-from supir_batch.settings import item_seed, second_seed
 from supir_batch.stages import RestoreStage, write_stage
 from supir_batch.types import FloatImage, GateLimits, Job, TileTicket
 

@@ -25,8 +25,8 @@ from supir_batch import engine, model_folder, models, store
 from supir_batch.captioner import load_captioner
 from supir_batch.cli import app
 from supir_batch.errors import ManifestError, StoreError
+from supir_batch.manifest_file import load_manifest
 from supir_batch.plan import make_plan
-from supir_batch.settings import load_manifest
 from supir_batch.types import ModelRef, TileBox, TileTicket
 from supir_model import folder
 from supir_model.checkpoint_keys import to_released

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from supir_batch import review, runlog, store
 from supir_batch.errors import ManifestError
+from supir_batch.manifest_file import load_manifest
 from supir_batch.plan import Plan, Selection, make_plan
-from supir_batch.settings import Manifest, load_manifest
+from supir_batch.settings import Manifest
 from supir_batch.types import Failure, Job, Outcome, TileTicket
 from supir_model.config import TINY
 

@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 
 from supir_batch import columns, runlog, store
 from supir_batch.errors import StoreError, TransientStoreError
-from supir_batch.settings import Manifest, resolve, settings_hash
+from supir_batch.identity import settings_hash
+from supir_batch.resolve import resolve
+from supir_batch.settings import Manifest
 from supir_batch.types import (
     Failure,
     ImageFacts,
