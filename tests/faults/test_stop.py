@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,21 +28,32 @@ def archive(tmp_path: Path) -> Path:
     return manifest(tmp_path, engine={"name": "lanczos", "upscale": 2}, runtime={"images_in_flight": 4})
 
 
-def started(path: Path, *flags: str) -> subprocess.Popen[str]:
-    """A run in a session of its own, as a terminal would start it, once its first outputs are there."""
+def started(path: Path) -> subprocess.Popen[str]:
+    """A run in a session of its own, as a terminal would start it, once it holds the output."""
     process = subprocess.Popen(
-        [*COMMAND, "run", str(path), "--json", *flags],
+        [*COMMAND, "run", str(path), "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 180
-    while len(images(path.parent / "out")) < 3:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no output appeared"
-        time.sleep(0.02)
+    wait_for(process, lambda: any((path.parent / "out/_runs/_lease").glob("lease-*.json")))
     return process
+
+
+def at_work(path: Path) -> subprocess.Popen[str]:
+    """A run as above, once its first outputs are there."""
+    process = started(path)
+    wait_for(process, lambda: len(images(path.parent / "out")) >= 3)
+    return process
+
+
+def wait_for(process: subprocess.Popen[str], sign: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 180
+    while not sign():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no sign of it"
+        time.sleep(0.02)
 
 
 def assert_whole(path: Path) -> None:
@@ -58,7 +70,7 @@ def assert_whole(path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_first_signal_lets_what_is_on_its_way_finish(archive: Path, number: signal.Signals) -> None:
     out = archive.parent / "out"
-    process = started(archive)
+    process = at_work(archive)
     os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 4, stderr
@@ -73,7 +85,7 @@ def test_a_first_signal_lets_what_is_on_its_way_finish(archive: Path, number: si
 
 @pytest.mark.slow
 def test_a_second_signal_stops_at_once(archive: Path) -> None:
-    process = started(archive)
+    process = at_work(archive)
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
@@ -87,7 +99,7 @@ def test_a_second_signal_stops_at_once(archive: Path) -> None:
 @pytest.mark.parametrize(("program", "words"), [("raylet", "Ray on this machine"), ("gcs_server", "Ray's head")])
 def test_a_run_says_that_ray_has_died_under_it_and_is_resumed(archive: Path, program: str, words: str) -> None:
     out = archive.parent / "out"
-    process = started(archive)
+    process = at_work(archive)
     (ray,) = [
         int(child)
         for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -128,6 +140,7 @@ def test_a_second_driver_is_refused_until_the_first_is_dead(archive: Path) -> No
     assert second.returncode == 5, second.stderr
     assert f"(process {first.pid})" in second.stderr
     assert "is writing here" in second.stderr
+    wait_for(first, lambda: len(images(archive.parent / "out")) >= 3)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
     began = time.monotonic()
