@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from supir_batch import __version__, checksums, lease, runlog, signing, store
+from supir_batch.alongside import alongside
 from supir_batch.engine import LoadEngine
 from supir_batch.errors import StoreError, SupirBatchError
 from supir_batch.events import Events, Listener, Talk
@@ -139,21 +140,15 @@ def execute(
 @contextmanager
 def _telling(stop: Stop, events: Events) -> Iterator[None]:
     """Tell when a run is asked to stop: in a thread, because a signal may come in the middle of a line."""
-    over = threading.Event()
 
-    def tell() -> None:
+    def tell(over: threading.Event) -> None:
         while not over.is_set():
             if stop.wait(0.2):
                 events.tell("warning", "drain", f"stopping: {stop.reason}; images on their way are finished first")
                 return
 
-    teller = threading.Thread(target=tell, name="events", daemon=True)
-    teller.start()
-    try:
+    with alongside(tell, "events"):
         yield
-    finally:
-        over.set()
-        teller.join()
 
 
 def _execute(

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 from supir_batch import store
+from supir_batch.alongside import alongside
 from supir_batch.errors import LeaseError, StoreError
 from supir_batch.runlog import RUNS_FOLDER
 
@@ -52,9 +53,9 @@ def held(output_uri: str, run_id: str, on_loss: Callable[[], None]) -> Iterator[
     """
     ours = Holder(run_id, _user(), _machine(), os.getpid(), secrets.token_hex(8), datetime.now(UTC).isoformat())
     number = _take(output_uri, ours)
-    uri, over, renewed_at = _uri(output_uri, number), threading.Event(), time.monotonic()
+    uri, renewed_at = _uri(output_uri, number), time.monotonic()
 
-    def renew() -> None:
+    def renew(over: threading.Event) -> None:
         nonlocal renewed_at
         current = ours
         while not over.wait(RENEWED_EVERY_S):
@@ -67,22 +68,17 @@ def held(output_uri: str, run_id: str, on_loss: Callable[[], None]) -> Iterator[
                 store.write_atomic(uri, _text(current))
                 renewed_at = began
 
-    def watch() -> None:
+    def watch(over: threading.Event) -> None:
         """Apart from renewing, which in an outage tries for longer than others wait before they take us for dead."""
         while not over.wait(RENEWED_EVERY_S / 5):
             if time.monotonic() - renewed_at > DEAD_AFTER_S:
                 on_loss()
                 return
 
-    threads = [threading.Thread(target=target, name="lease", daemon=True) for target in (renew, watch)]
-    for thread in threads:
-        thread.start()
     try:
-        yield
+        with alongside(renew, "lease"), alongside(watch, "lease"):
+            yield
     finally:
-        over.set()
-        for thread in threads:
-            thread.join()
         with contextlib.suppress(StoreError):  # then the next run watches for a while, and takes it over
             store.write_atomic(uri, _text(replace(ours, released=True)))
 

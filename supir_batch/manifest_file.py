@@ -80,7 +80,7 @@ def _layered(
     except ValidationError as error:
         lines = _joined(dict.fromkeys(_error_lines(error, origins)))
         raise ManifestError("\n".join(f"{uri}: {line}" for line in lines)) from error
-    manifest._origins.update(origins)
+    manifest.note_origins(origins)
     return manifest
 
 

@@ -41,6 +41,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from supir_batch import isolation, metrics
+from supir_batch.alongside import alongside
 from supir_batch.engine import LoadEngine, load_engine
 from supir_batch.errors import ClusterError, EngineError
 from supir_batch.events import Listener
@@ -347,20 +348,14 @@ def _ledger(runtime: Runtime, images: int, meters: _Meters, stop: threading.Even
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(_LedgerActor)
     ledger = _Ledger(remote.remote(runtime.images_in_flight, images, meters), meters)
-    over = threading.Event()
 
-    def close_on_stop() -> None:
+    def close_on_stop(over: threading.Event) -> None:
         while not over.wait(0.2):
             if stop.is_set():
                 ledger.close()
 
-    closer = threading.Thread(target=close_on_stop, name="drain", daemon=True)
-    closer.start()
-    try:
+    with alongside(close_on_stop, "drain"):
         yield ledger
-    finally:
-        over.set()
-        closer.join()
 
 
 def _is_lost(node: str) -> bool:
@@ -517,9 +512,9 @@ def _watched(runtime: Runtime) -> Iterator[None]:
         "Ray's head": (context.gcs_address, _SILENT_S if runtime.address else _GONE_S),
         "Ray on this machine": (f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}", _GONE_S),
     }
-    over, gone = threading.Event(), ""
+    main, gone = threading.get_ident(), ""
 
-    def watch() -> None:
+    def watch(over: threading.Event) -> None:
         nonlocal gone
         heard = dict.fromkeys(places, time.monotonic())
         while not gone and not over.wait(1):
@@ -531,19 +526,16 @@ def _watched(runtime: Runtime) -> Iterator[None]:
                 if silent > (patience if isinstance(error, ConnectionRefusedError) else _SILENT_S):
                     gone = f"{name} ({address}) has not answered for {silent:.0f} s: {error}"
         if gone:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)  # wakes it, whatever it waits for
+            signal.pthread_kill(main, signal.SIGUSR1)  # wakes it, whatever it waits for
 
     def give_up(number: int, frame: FrameType | None) -> None:
         raise ClusterError(f"{gone}; the same command resumes, and Ray's logs may say why")
 
     before = signal.signal(signal.SIGUSR1, give_up)
-    watcher = threading.Thread(target=watch, name="watch", daemon=True)
-    watcher.start()
     try:
-        yield
+        with alongside(watch, "watch"):
+            yield
     finally:
-        over.set()
-        watcher.join()
         signal.signal(signal.SIGUSR1, before)
 
 

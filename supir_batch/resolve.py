@@ -206,7 +206,7 @@ def explain(manifest: Manifest) -> list[Explained]:
     used_by_lanczos = {"engine.name", "engine.upscale", "tiling.max_pixels", "tiling.overlap"}
     of_model = ("engine.", "approximate.", "caption.", "tiling.")
     explained = []
-    for key, value, given in manifest.values():
+    for key, value, given_by in manifest.values():
         if not generative and key.startswith(of_model) and key not in used_by_lanczos:
             explained.append(Explained(key, None, "not used by lanczos"))
         elif key in _LLAVA_KEYS and manifest.caption.mode != "llava":
@@ -225,13 +225,11 @@ def explain(manifest: Manifest) -> list[Explained]:
         elif key in filled and value is None:
             explained.append(Explained(key, *filled[key]))
         else:
-            explained.append(Explained(key, value, manifest._origins.get(key, "manifest" if given else "default")))
+            explained.append(Explained(key, value, given_by))
     return explained
 
 
 _TIFF_KEYS = {f"output.{key}" for key in ("compression", "tiled", "pyramid")}
-
-
 _LLAVA_KEYS = {
     f"caption.{key}"
     for key in (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import string
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -499,7 +500,7 @@ class Manifest(_Section):
     signing: Signing = Signing()
     runtime: Runtime = Runtime()
 
-    _origins: dict[str, str] = PrivateAttr(default_factory=dict)  # dotted key -> manifest | environment | flag
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _keys_of_the_sampler(self) -> Manifest:
@@ -540,9 +541,14 @@ class Manifest(_Section):
         stride = min(config.stride, window) if self.tiling.stride is None else self.tiling.stride
         return window, stride
 
-    def values(self) -> list[tuple[str, Any, bool]]:
-        """Every key, dotted, with its value and whether it was given."""
-        return _values(self)
+    def note_origins(self, origins: Mapping[str, str]) -> None:
+        """Keep, by dotted key, what gave it: ``manifest``, ``environment`` or ``flag``."""
+        self._origins.update(origins)
+
+    def values(self) -> list[tuple[str, Any, str]]:
+        """Every key, dotted, with its value and where that is from: one of the above, or ``default``."""
+        known = self._origins
+        return [(key, value, known.get(key, "manifest" if given else "default")) for key, value, given in _values(self)]
 
     def _preset(self) -> SamplingDefaults:
         presets = self.engine.config.presets

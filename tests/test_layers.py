@@ -53,6 +53,7 @@ SUPIR_MODEL = [
     "training.__main__",
 ]
 SUPIR_BATCH = [
+    "alongside",
     "errors",
     "types",
     "identity",
