@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.dataset as ds
@@ -58,17 +60,29 @@ def images(output: Path) -> dict[str, bytes]:
 def wait_for_workers_to_end(driver: int, seconds: float = 60) -> None:
     """Ray's processes notice the driver's death by themselves; they share its session. What is left then is ended."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        alive = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rpartition(")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if int(fields[3]) == driver and fields[0] != "Z":
-                alive.append(stat.parent.name)
-        if not alive:
-            return
+    while (left := left_of(driver)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    for pid in alive:
-        os.kill(int(pid), signal.SIGKILL)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+
+
+def left_of(session: int) -> dict[int, str]:
+    """Processes of a session that are still there."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found[int(path.name)] = (path / "cmdline").read_text(errors="replace").replace("\0", " ")[:100]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def wait_for(what: Callable[[], Any], seconds: float, why: Callable[[], str] = lambda: "") -> Any:
+    """The first truth that ``what`` returns."""
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline, f"waited {seconds} s: {why()}"
+        time.sleep(0.02)
+    return found

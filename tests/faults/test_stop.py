@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import COMMAND, images, log_rows, manifest, photograph, run, wait_for_workers_to_end
+from tests.runs import COMMAND, images, log_rows, manifest, photograph, run, wait_for, wait_for_workers_to_end
 
 COUNT = 40
 
@@ -37,23 +37,21 @@ def started(path: Path) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-    wait_for(process, lambda: any((path.parent / "out/_runs/_lease").glob("lease-*.json")))
+    wait_until(process, lambda: any((path.parent / "out/_runs/_lease").glob("lease-*.json")))
     return process
 
 
 def at_work(path: Path) -> subprocess.Popen[str]:
     """A run as above, once its first outputs are there."""
     process = started(path)
-    wait_for(process, lambda: len(images(path.parent / "out")) >= 3)
+    wait_until(process, lambda: len(images(path.parent / "out")) >= 3)
     return process
 
 
-def wait_for(process: subprocess.Popen[str], sign: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 180
-    while not sign():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no sign of it"
-        time.sleep(0.02)
+def wait_until(process: subprocess.Popen[str], sign: Callable[[], bool]) -> None:
+    """Until a run that goes on shows a sign."""
+    wait_for(lambda: process.poll() is not None or sign(), 180)
+    assert process.poll() is None, process.communicate()
 
 
 def assert_whole(path: Path) -> None:
@@ -140,7 +138,7 @@ def test_a_second_driver_is_refused_until_the_first_is_dead(archive: Path) -> No
     assert second.returncode == 5, second.stderr
     assert f"(process {first.pid})" in second.stderr
     assert "is writing here" in second.stderr
-    wait_for(first, lambda: len(images(archive.parent / "out")) >= 3)
+    wait_until(first, lambda: len(images(archive.parent / "out")) >= 3)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
     began = time.monotonic()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +89,3 @@ def raylet(node: Any) -> int:
     """The process that starts a node's workers."""
     (process,) = node.all_processes["raylet"]
     return int(process.process.pid)
-
-
-def wait_for(what: Callable[[], Any], seconds: float, why: Callable[[], str] = lambda: "") -> Any:
-    """The first truth that ``what`` returns."""
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline, f"waited {seconds} s: {why()}"
-        time.sleep(0.2)
-    return found

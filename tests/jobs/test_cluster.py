@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from supir_batch.metrics import DEATHS, METRICS, RETRIES
-from tests.jobs.cluster import Head, cluster, restorers, wait_for
-from tests.runs import COMMAND, images, log_rows, manifest, photograph
+from tests.jobs.cluster import Head, cluster, restorers
+from tests.runs import COMMAND, images, log_rows, manifest, photograph, wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.cluster import wait_for
-from tests.runs import images, log_rows, manifest, photograph
+from tests.runs import images, left_of, log_rows, manifest, photograph, wait_for
 
 SCRIPT = Path(__file__).parents[2] / "jobs/slurm.sbatch"
 
@@ -63,19 +62,6 @@ def job(path: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[st
         for pid in left_of(started.pid):
             os.kill(pid, signal.SIGKILL)
         started.communicate()
-
-
-def left_of(session: int) -> dict[int, str]:
-    """Processes of a session that are still there."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (path / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":
-                found[int(path.name)] = (path / "cmdline").read_text(errors="replace").replace("\0", " ")[:100]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
 
 
 @pytest.mark.slow
